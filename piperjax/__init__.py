@@ -1,0 +1,1 @@
+"""PiperJAX: mixture-of-experts training on clusters whose network is not uniform."""

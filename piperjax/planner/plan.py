@@ -1,0 +1,126 @@
+"""A plan: which mesh, schedule and partition a model is trained with. Immutable, and valid if it exists."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from piperjax.schedules import classic
+from piperjax.schedules.schedule import Schedule
+from piperjax.schedules.ticks import TickTable, pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a model of `sum(layers_per_stage)` layers is laid out over devices and microbatches.
+
+    Attributes:
+      pipe: pipe ranks.
+      data: data-parallel replicas of the experts.
+      expert: devices that share the experts of a layer.
+      expert_factors: the expert axis as (group, node, local), outermost first; their product is `expert`.
+      schedule: name of the pipeline schedule.
+      num_microbatches: microbatches per step.
+      layers_per_stage: layers held by each stage, in layer order.
+      batch_size: sequences per step over all devices.
+      seq_len: tokens per sequence.
+      memory_mode: what a forward keeps for its backward: the input of every "layer", or of the "stage" only.
+      dispatch: name of the dispatcher.
+      capacity_factor: rows per destination over the balanced number; 0 means dropless.
+    """
+
+    pipe: int
+    data: int
+    expert: int
+    expert_factors: tuple[int, int, int]
+    schedule: str
+    num_microbatches: int
+    layers_per_stage: tuple[int, ...]
+    batch_size: int
+    seq_len: int
+    memory_mode: Literal["layer", "stage"] = "layer"
+    dispatch: str = "flat"
+    capacity_factor: float = 0.0
+
+    def __post_init__(self):
+        for name in ("pipe", "data", "expert", "num_microbatches", "batch_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        group, node, local = self.expert_factors
+        if group * node * local != self.expert:
+            raise ValueError(f"expert_factors {self.expert_factors} must multiply to expert = {self.expert}")
+        if min(self.layers_per_stage) < 1:
+            raise ValueError(f"every stage needs at least one layer, got layers_per_stage = {self.layers_per_stage}")
+        if self.memory_mode not in ("layer", "stage"):
+            raise ValueError(f"memory_mode must be 'layer' or 'stage', got {self.memory_mode!r}")
+        if self.capacity_factor < 0:
+            raise ValueError(f"capacity_factor must be 0 (dropless) or positive, got {self.capacity_factor}")
+        self._check_batch()
+        schedule = self.build_schedule()
+        if schedule.num_stages != len(self.layers_per_stage):
+            raise ValueError(
+                f"schedule {self.schedule!r} has {schedule.num_stages} stages over pipe = {self.pipe}, but "
+                f"layers_per_stage names {len(self.layers_per_stage)}"
+            )
+
+    def _check_batch(self):
+        shards = self.data * self.expert
+        if self.batch_size % (shards * self.num_microbatches):
+            choices = [m for m in range(1, self.batch_size + 1) if self.batch_size % (shards * m) == 0]
+            advice = (
+                f"use one of {_listed(choices)} microbatches"
+                if choices
+                else f"use a batch that is a multiple of {shards * self.num_microbatches}"
+            )
+            raise ValueError(
+                f"the batch of {self.batch_size} sequences must divide into {self.num_microbatches} microbatches x "
+                f"{self.data} data x {self.expert} expert devices = {shards * self.num_microbatches}; {advice}"
+            )
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in the mesh."""
+        return self.pipe * self.data * self.expert
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return sum(self.layers_per_stage)
+
+    @property
+    def microbatch_size(self) -> int:
+        """Sequences of one microbatch over all devices."""
+        return self.batch_size // self.num_microbatches
+
+    def build_schedule(self) -> Schedule:
+        """The schedule as a value."""
+        return classic.build(self.schedule, self.pipe, self.num_microbatches)
+
+    def tick_table(self) -> TickTable:
+        """The table that is executed."""
+        return pack(self.build_schedule())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Plan":
+        """Reads what `to_dict` wrote.
+
+        Raises:
+          ValueError: if a field is missing or unknown.
+        """
+        known = {field.name for field in fields(cls)}
+        missing = known - set(values) - {"memory_mode", "dispatch", "capacity_factor"}
+        if missing or set(values) - known:
+            raise ValueError(
+                f"a plan has the fields {', '.join(sorted(known))}; missing: {', '.join(sorted(missing)) or 'none'}, "
+                f"unknown: {', '.join(sorted(set(values) - known)) or 'none'}"
+            )
+        as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**as_tuples)
+
+
+def _listed(numbers: list[int]) -> str:
+    if len(numbers) > 8:
+        return ", ".join(map(str, numbers[:8])) + ", ..."
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,1 @@
+"""Running a plan: sharding, dispatch, kernels and the executor."""
