@@ -1,0 +1,1 @@
+"""What is trained: model configurations, their costs, and the layers that compute them."""

@@ -1,0 +1,400 @@
+"""This file is the description of a model: frozen, validated dataclasses without any JAX.
+
+A `ModelConfig` is a tuple of layers, and a layer is one attention and one feed-forward part. Layers which are
+equal form a *kind* ("dense", "moe"); the parameters of one kind are stacked. Shape letters are those of the
+README: D d_model, N query heads, K key-value heads, H head_dim, F d_ff, E experts, k experts per token.
+"""
+
+import dataclasses
+import difflib
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+QKNorm = Literal["none", "head", "full"]
+AttentionBias = Literal["none", "qkv", "all"]
+Score = Literal["softmax", "sigmoid"]
+Gates = Literal["raw", "normalized"]
+Balance = Literal["aux_loss", "bias", "none"]
+SharedGate = Literal["none", "sigmoid"]
+Embeddings = Literal["tied", "untied"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedQueryAttention:
+    """Causal attention with rotary positions; several query heads share one key-value head.
+
+    Attributes:
+      num_heads: N, query heads.
+      num_kv_heads: K, key-value heads; divides num_heads.
+      head_dim: H, even because rotary embedding turns pairs of features.
+      rope_theta: base of the rotary wavelengths.
+      qk_norm: RMS norm of queries and keys: "head" over H, one scale for all heads (Qwen3); "full" over all
+        heads at once, a scale per feature (OLMoE).
+      bias: which projections add a bias; "all" adds the output projection to query, key and value.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    qk_norm: QKNorm = "none"
+    bias: AttentionBias = "none"
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "num_heads", "num_kv_heads", "head_dim")
+        _check_numbers(self, "rope_theta")
+        _check_choice(self, "qk_norm", QKNorm)
+        _check_choice(self, "bias", AttentionBias)
+        if self.num_heads % self.num_kv_heads:
+            divisors = [count for count in range(1, self.num_heads + 1) if self.num_heads % count == 0]
+            raise ValueError(
+                f"num_kv_heads must divide num_heads, got {self.num_kv_heads} key-value heads for "
+                f"{self.num_heads} heads; use one of {divisors}"
+            )
+        _check_even(self, "head_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434 section 2.1): priced, not yet a layer.
+
+    Attributes:
+      num_heads: N.
+      q_rank: width of the compressed query; 0 projects queries directly.
+      kv_rank: width of the compressed keys and values.
+      nope_dim: features of a query or key head without position.
+      rope_dim: features of a query head, and of the one shared key, with rotary position; even.
+      v_dim: features of a value head.
+      rope_theta: base of the rotary wavelengths.
+    """
+
+    num_heads: int
+    q_rank: int
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "num_heads", "kv_rank", "nope_dim", "rope_dim", "v_dim")
+        _check_counts(self, "q_rank", at_least=0)
+        _check_numbers(self, "rope_theta")
+        _check_even(self, "rope_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseFFN:
+    """Feed-forward part that every token passes through.
+
+    Attributes:
+      d_ff: F, hidden width.
+      num_matrices: 3 is SwiGLU (gate, up, down), 2 is GELU (up, down).
+    """
+
+    d_ff: int
+    num_matrices: Literal[2, 3] = 3
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "d_ff")
+        _check_choice(self, "num_matrices", Literal[2, 3])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """How tokens choose experts. Everything is computed in at least float32.
+
+    Attributes:
+      score: what turns logits into scores.
+      gates: "normalized" divides the k chosen scores by their sum, "raw" does not.
+      scaling_factor: multiplies the gates last.
+      balance: "aux_loss" adds a load-balancing loss; "bias" adds a bias, updated outside of the gradient, to
+        the scores when choosing experts but not to the gates (arXiv:2408.15664); "none" does neither.
+      aux_loss_coefficient: weight of the load-balancing loss, used when balance is "aux_loss".
+      z_loss_coefficient: weight of mean(logsumexp(logits)^2) (ST-MoE, arXiv:2202.08906 section 3.3).
+      bias_update_rate: step of the balancing bias, used when balance is "bias".
+    """
+
+    score: Score = "softmax"
+    gates: Gates = "normalized"
+    scaling_factor: float = 1.0
+    balance: Balance = "aux_loss"
+    aux_loss_coefficient: float = 0.01
+    z_loss_coefficient: float = 0.0
+    bias_update_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "score", Score)
+        _check_choice(self, "gates", Gates)
+        _check_choice(self, "balance", Balance)
+        _check_numbers(self, "scaling_factor")
+        coefficients = ("aux_loss_coefficient", "z_loss_coefficient", "bias_update_rate")
+        _check_numbers(self, *coefficients, zero="allowed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEFFN:
+    """Feed-forward part of which every token passes through k of E experts.
+
+    Attributes:
+      num_experts: E, routed experts.
+      experts_per_token: k, between 1 and E.
+      d_ff: F, hidden width of one expert.
+      num_matrices: 3 is SwiGLU, 2 is GELU; the same for routed, shared and residual parts.
+      shared_d_ff: hidden width of all shared experts together; 0 for none.
+      dense_residual_d_ff: hidden width of a dense part beside the experts (Arctic); 0 for none.
+      router: how tokens choose experts.
+      shared_gate: "sigmoid" multiplies the shared experts by a learned gate per token (Qwen2-MoE).
+    """
+
+    num_experts: int
+    experts_per_token: int
+    d_ff: int
+    num_matrices: Literal[2, 3] = 3
+    shared_d_ff: int = 0
+    dense_residual_d_ff: int = 0
+    router: Router = field(default_factory=Router)
+    shared_gate: SharedGate = "none"
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "num_experts", "experts_per_token", "d_ff")
+        _check_counts(self, "shared_d_ff", "dense_residual_d_ff", at_least=0)
+        _check_choice(self, "num_matrices", Literal[2, 3])
+        _check_choice(self, "shared_gate", SharedGate)
+        _check_part(self, "router", Router)
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token must not exceed num_experts, got {self.experts_per_token} of "
+                f"{self.num_experts} experts; lower experts_per_token or raise num_experts"
+            )
+        if self.shared_gate == "sigmoid" and self.shared_d_ff == 0:
+            raise ValueError(
+                "shared_gate 'sigmoid' needs a shared expert, got shared_d_ff 0; set shared_d_ff"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """One decoder layer: attention, then feed-forward, each after an RMS norm and with a residual."""
+
+    attention: GroupedQueryAttention | LatentAttention
+    ffn: DenseFFN | MoEFFN
+
+    def __post_init__(self) -> None:
+        _check_part(self, "attention", GroupedQueryAttention, LatentAttention)
+        _check_part(self, "ffn", DenseFFN, MoEFFN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only language model.
+
+    Attributes:
+      name: what the model is called in logs and files.
+      d_model: D.
+      vocab_size: V.
+      layers: one LayerConfig per layer, first layer first.
+      embeddings: "tied" uses the embedding as output head.
+      norm_eps: added to the mean square in every RMS norm.
+      init_std: standard deviation of the initial matrices; output projections divide it by sqrt(2 L).
+    """
+
+    name: str
+    d_model: int
+    vocab_size: int
+    layers: tuple[LayerConfig, ...]
+    embeddings: Embeddings = "untied"
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name of a ModelConfig must be a non-empty string, got {self.name!r}")
+        _check_counts(self, "d_model", "vocab_size")
+        _check_numbers(self, "norm_eps", "init_std")
+        _check_choice(self, "embeddings", Embeddings)
+        if not isinstance(self.layers, tuple) or not self.layers:
+            raise ValueError(f"layers must be a non-empty tuple of LayerConfig, got {_short(self.layers)}")
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, LayerConfig):
+                raise ValueError(f"layers must hold LayerConfig only, got {_short(layer)} at layer {index}")
+        for name in ("num_experts", "experts_per_token"):
+            found = {getattr(ffn, name) for ffn in self._moe_ffns()}
+            if len(found) > 1:
+                raise ValueError(
+                    f"all MoE layers must agree on {name}, got {sorted(found)}; "
+                    "router statistics are one table with a row per MoE layer"
+                )
+
+    def _moe_ffns(self) -> list[MoEFFN]:
+        return [layer.ffn for layer in self.layers if isinstance(layer.ffn, MoEFFN)]
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    @property
+    def kinds(self) -> dict[str, LayerConfig]:
+        """Distinct layers in order of first use, named "dense", "moe", then "dense_2", "moe_2" and so on."""
+        kinds: dict[str, LayerConfig] = {}
+        for layer in dict.fromkeys(self.layers):
+            family = "moe" if isinstance(layer.ffn, MoEFFN) else "dense"
+            count = 1 + sum(name.split("_")[0] == family for name in kinds)
+            kinds[family if count == 1 else f"{family}_{count}"] = layer
+        return kinds
+
+    @property
+    def kind_of_layer(self) -> tuple[str, ...]:
+        """Name of the kind of every layer, length L."""
+        names = {layer: name for name, layer in self.kinds.items()}
+        return tuple(names[layer] for layer in self.layers)
+
+    def layers_of_kind(self, kind: str) -> tuple[int, ...]:
+        """Returns the indices of the layers of one kind, ascending: the order of its stacked parameters."""
+        kinds = self.kind_of_layer
+        if kind not in kinds:
+            known = ", ".join(self.kinds)
+            raise ValueError(f"model '{self.name}' has no layers of kind '{kind}'; it has {known}")
+        return tuple(index for index, name in enumerate(kinds) if name == kind)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the MoE layers, ascending: the rows of router bias and load."""
+        return tuple(index for index, layer in enumerate(self.layers) if isinstance(layer.ffn, MoEFFN))
+
+    @property
+    def num_experts(self) -> int:
+        """E of every MoE layer, 0 without MoE layers."""
+        return next((ffn.num_experts for ffn in self._moe_ffns()), 0)
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts per token of every MoE layer, 0 without MoE layers."""
+        return next((ffn.experts_per_token for ffn in self._moe_ffns()), 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON value; runs of equal layers are written once with their "repeat"."""
+        value = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        value["layers"] = [
+            {
+                "repeat": len(list(run)),
+                "attention": _part_to_dict(layer.attention),
+                "ffn": _part_to_dict(layer.ffn),
+            }
+            for layer, run in itertools.groupby(self.layers)
+        ]
+        return value
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "ModelConfig":
+        """Builds the configuration that `to_dict` wrote, exactly.
+
+        Raises:
+          ValueError: for a missing, unknown or impossible field; the sentence names it.
+        """
+        fields = _fields_of(cls, value, where="model")
+        runs = fields["layers"]
+        if not isinstance(runs, list | tuple):
+            raise ValueError(f"model.layers must be a list of layers, got {_short(runs)}")
+        layers = [_layers_from_dict(run, where=f"model.layers[{index}]") for index, run in enumerate(runs)]
+        fields["layers"] = tuple(itertools.chain.from_iterable(layers))
+        return cls(**fields)
+
+
+_ATTENTION_TYPES = {"grouped_query": GroupedQueryAttention, "latent": LatentAttention}
+_FFN_TYPES = {"dense": DenseFFN, "moe": MoEFFN}
+_TYPE_NAMES = {cls: name for name, cls in (_ATTENTION_TYPES | _FFN_TYPES).items()}
+
+
+def _part_to_dict(part: Any) -> dict[str, Any]:
+    return {"type": _TYPE_NAMES[type(part)]} | dataclasses.asdict(part)
+
+
+def _layers_from_dict(value: Any, *, where: str) -> list[LayerConfig]:
+    """Returns one run of equal layers."""
+    rest = dict(value) if isinstance(value, Mapping) else value
+    repeat = rest.pop("repeat", 1) if isinstance(rest, dict) else 1
+    if type(repeat) is not int or repeat < 1:
+        raise ValueError(f"{where}.repeat must be a whole number of at least 1, got {repeat!r}")
+    fields = _fields_of(LayerConfig, rest, where=where)
+    attention = _part_from_dict(_ATTENTION_TYPES, fields["attention"], where=f"{where}.attention")
+    ffn = _part_from_dict(_FFN_TYPES, fields["ffn"], where=f"{where}.ffn")
+    return [LayerConfig(attention=attention, ffn=ffn)] * repeat
+
+
+def _part_from_dict(types: Mapping[str, type], value: Any, *, where: str) -> Any:
+    """Builds the attention or feed-forward part that the key "type" names."""
+    if not isinstance(value, Mapping) or "type" not in value:
+        raise ValueError(f"{where} must be an object with a 'type' ({', '.join(types)}), got {_short(value)}")
+    if value["type"] not in types:
+        raise ValueError(f"{where}.type must be one of {', '.join(types)}, got {value['type']!r}")
+    cls = types[value["type"]]
+    fields = _fields_of(cls, {key: item for key, item in value.items() if key != "type"}, where=where)
+    if "router" in fields:
+        fields["router"] = Router(**_fields_of(Router, fields["router"], where=f"{where}.router"))
+    return cls(**fields)
+
+
+def _fields_of(cls: type, value: Any, *, where: str) -> dict[str, Any]:
+    """Returns the keyword arguments for `cls`, after checking that each exists and none is missing."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be an object, got {_short(value)}")
+    known = {entry.name: entry for entry in dataclasses.fields(cls)}
+    for name in value:
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where} has no field '{name}'; did you mean '{nearest}'?")
+    for name, entry in known.items():
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if name not in value and required:
+            found = ", ".join(map(str, value)) or "none"
+            raise ValueError(f"{where} needs the field '{name}'; it has {found}")
+    return dict(value)
+
+
+def _check_counts(owner: Any, *names: str, at_least: int = 1) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if type(value) is not int or value < at_least:
+            rule = f"must be a whole number of at least {at_least}"
+            raise ValueError(f"{name} of a {type(owner).__name__} {rule}, got {value!r}")
+
+
+def _check_numbers(owner: Any, *names: str, zero: Literal["allowed", "refused"] = "refused") -> None:
+    for name in names:
+        value = getattr(owner, name)
+        is_number = type(value) in (int, float) and math.isfinite(value)
+        if not is_number or value < 0 or (value == 0 and zero == "refused"):
+            rule = "a positive number" if zero == "refused" else "a number of at least 0"
+            raise ValueError(f"{name} of a {type(owner).__name__} must be {rule}, got {value!r}")
+
+
+def _check_choice(owner: Any, name: str, choices: Any) -> None:
+    value = getattr(owner, name)
+    if (type(value), value) not in [(type(choice), choice) for choice in get_args(choices)]:
+        allowed = ", ".join(repr(choice) for choice in get_args(choices))
+        raise ValueError(f"{name} of a {type(owner).__name__} must be one of {allowed}, got {value!r}")
+
+
+def _check_even(owner: Any, name: str) -> None:
+    value = getattr(owner, name)
+    if value % 2:
+        raise ValueError(
+            f"{name} must be even because rotary embedding turns pairs of features, "
+            f"got {value}; use {value + 1}"
+        )
+
+
+def _check_part(owner: Any, name: str, *types: type) -> None:
+    if not isinstance(value := getattr(owner, name), types):
+        names = " or ".join(cls.__name__ for cls in types)
+        raise ValueError(f"{name} of a {type(owner).__name__} must be a {names}, got {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
