@@ -1,0 +1,1 @@
+"""Keep going: data, optimizer, checkpoints, metrics and the training loop around the executor."""
