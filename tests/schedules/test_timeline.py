@@ -1,0 +1,73 @@
+"""Both clocks against published formulas, and the tick table against the ideal."""
+
+import pytest
+
+from piperjax.schedules.classic import forward_only, gpipe, one_f_one_b
+from piperjax.schedules.ticks import pack
+from piperjax.schedules.timeline import ActionCosts, lockstep, simulate
+
+GRID = [(P, M) for P in (1, 2, 3, 4, 7, 8, 16) for M in (1, 2, 5, 8, 33, 64)]
+
+
+@pytest.mark.parametrize("builder", [gpipe, one_f_one_b])
+@pytest.mark.parametrize(("forward", "backward"), [(1.0, 1.0), (1.0, 2.0), (1.2, 2.4)])
+def test_asynchronous_bubble_is_the_published_one(builder, forward, backward):
+    for P, M in GRID:
+        timeline = simulate(builder(P, M), ActionCosts(forward=forward, backward=backward))
+        assert timeline.bubble_seconds == pytest.approx((P - 1) * (forward + backward))
+        assert timeline.bubble_fraction == pytest.approx((P - 1) / (M + P - 1))
+
+
+def test_in_flight_is_the_published_one():
+    for P, M in GRID:
+        assert simulate(one_f_one_b(P, M), ActionCosts()).peak_in_flight() == tuple(min(P - r, M) for r in range(P))
+        assert simulate(gpipe(P, M), ActionCosts()).peak_in_flight() == (M,) * P
+
+
+def test_transfers_delay_the_first_and_last_microbatch():
+    timeline = simulate(gpipe(4, 3), ActionCosts(forward=1.0, backward=1.0, transfer=0.25))
+    assert timeline.step_seconds == pytest.approx(2 * (3 + 3) + 2 * 3 * 0.25)
+
+
+def test_unequal_stages_cost_their_slowest():
+    timeline = simulate(one_f_one_b(2, 50), ActionCosts(forward=(1.0, 3.0), backward=(2.0, 6.0)))
+    assert timeline.step_seconds == pytest.approx(1.0 + 50 * 9.0 + 2.0)
+
+
+@pytest.mark.parametrize("builder", [gpipe, one_f_one_b])
+def test_lockstep_reaches_the_ideal(builder):
+    for P, M in GRID:
+        table = pack(builder(P, M))
+        for costs in (ActionCosts(), ActionCosts(forward=1.0, backward=1.0), ActionCosts(forward=1.5, backward=1.0)):
+            expected = (M + P - 1) * (costs.forward + costs.backward)
+            assert lockstep(table, costs).step_seconds == pytest.approx(expected)
+
+
+def test_forward_only_passes_through():
+    assert lockstep(pack(forward_only(4, 6)), ActionCosts()).step_seconds == pytest.approx(9.0)
+
+
+def test_packed_one_f_one_b_drawn_out():
+    assert str(pack(one_f_one_b(2, 3))) == (
+        "rank 0 | 0F0 0F1     0F2+0B0 0B1     0B2\n"
+        "rank 1 | .   1F0+1B0 1F1+1B1 1F2+1B2 .  "
+    )  # fmt: skip
+
+
+def test_packed_one_f_one_b_is_the_wave():
+    for P, M in GRID:
+        ticks = pack(one_f_one_b(P, M)).tick_of()
+        for action, tick in ticks.items():
+            wave = action.microbatch + (action.stage if action.kind == "F" else 2 * (P - 1) - action.stage)
+            assert tick == wave
+
+
+def test_packed_in_flight_does_not_grow_with_microbatches():
+    for P in (1, 2, 4, 8):
+        expected = tuple(2 * (P - r) - 1 for r in range(P))
+        assert {pack(one_f_one_b(P, M)).peak_in_flight() for M in (4 * P, 8 * P)} == {expected}
+
+
+def test_negative_costs_are_refused():
+    with pytest.raises(ValueError, match="forward seconds must not be negative, got -1.0"):
+        ActionCosts(forward=-1.0)
