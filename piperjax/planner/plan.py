@@ -3,6 +3,10 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from meshes.platform import Platform
+from models.config import ModelConfig
+from models.cost import layer_flop, total_parameters
+from piperjax.planner.partition import partition_layers
 from piperjax.schedules import classic
 from piperjax.schedules.schedule import Schedule
 from piperjax.schedules.ticks import TickTable, pack
@@ -124,3 +128,97 @@ def _listed(numbers: list[int]) -> str:
     if len(numbers) > 8:
         return ", ".join(map(str, numbers[:8])) + ", ..."
     return ", ".join(map(str, numbers))
+
+
+MEMORY_FRACTION_FOR_STATE = 0.6
+STATE_BYTES_PER_PARAMETER = 16
+
+
+def default_plan(
+    model: ModelConfig,
+    platform: Platform,
+    num_devices: int,
+    *,
+    batch_size: int,
+    seq_len: int,
+    pipe: int | None = None,
+    data: int | None = None,
+    expert: int | None = None,
+    schedule: str = "one_f_one_b",
+    num_microbatches: int | None = None,
+    memory_mode: Literal["layer", "stage"] = "layer",
+    dispatch: str = "flat",
+    capacity_factor: float = 0.0,
+) -> Plan:
+    """Completes a plan by a simple rule; sizes that are given (not None) are kept.
+
+    Expert: the most devices of one node that divide the experts, so that all-to-alls stay inside the node.
+    Pipe: as few stages as hold the training state (16 bytes per parameter) in 60 % of device memory.
+    Data: the devices that remain. Microbatches: up to four per stage, as many as divide the batch.
+
+    Raises:
+      ValueError: if the sizes do not fit the devices, the model or the batch.
+    """
+    expert = expert or _default_expert(model, platform, num_devices, taken=(pipe or 1) * (data or 1))
+    pipe = pipe or _default_pipe(model, platform, num_devices // expert, data=data, expert=expert)
+    data = data or max(1, num_devices // (pipe * expert))
+    if pipe * data * expert != num_devices:
+        raise ValueError(
+            f"pipe x data x expert must be the {num_devices} devices, got {pipe} x {data} x {expert} = "
+            f"{pipe * data * expert}; give -1 to one of them to fill it"
+        )
+    _check_expert(model, expert)
+    return Plan(
+        pipe=pipe,
+        data=data,
+        expert=expert,
+        expert_factors=platform.expert_factors(expert=expert, pipe=pipe, data=data),
+        schedule=classic.ALIASES.get(schedule, schedule),
+        num_microbatches=num_microbatches or _default_microbatches(batch_size, pipe, data * expert),
+        layers_per_stage=partition_layers(layer_flop(model, seq_len), pipe),
+        batch_size=batch_size,
+        seq_len=seq_len,
+        memory_mode=memory_mode,
+        dispatch=dispatch,
+        capacity_factor=capacity_factor,
+    )
+
+
+def _check_expert(model: ModelConfig, expert: int):
+    experts = model.num_experts
+    if not experts and expert > 1:
+        raise ValueError(f"{model.name} has no experts to divide, got expert = {expert}; use --expert 1")
+    if experts and experts % expert:
+        raise ValueError(
+            f"the expert axis must divide the {experts} experts of {model.name}, got {expert}; "
+            f"use one of {_listed(_divisors(experts))}"
+        )
+
+
+def _default_expert(model: ModelConfig, platform: Platform, num_devices: int, *, taken: int) -> int:
+    room = num_devices // taken
+    fits = [d for d in _divisors(max(1, room)) if d <= platform.devices_per_node and model.num_experts % d == 0]
+    return max(fits) if model.num_experts else 1
+
+
+def _default_pipe(model: ModelConfig, platform: Platform, remaining: int, *, data: int | None, expert: int) -> int:
+    if data is not None:
+        return max(1, remaining // data)
+    memory_bytes = platform.device.memory_bytes
+    if not memory_bytes:
+        return 1
+    state_bytes = STATE_BYTES_PER_PARAMETER * total_parameters(model) / expert
+    choices = [d for d in _divisors(max(1, remaining)) if d <= model.num_layers]
+    fits = [d for d in choices if state_bytes / d <= MEMORY_FRACTION_FOR_STATE * memory_bytes]
+    return min(fits) if fits else max(choices)
+
+
+def _default_microbatches(batch_size: int, pipe: int, shards: int) -> int:
+    if pipe == 1:
+        return 1
+    fits = [m for m in range(1, 4 * pipe + 1) if batch_size % (m * shards) == 0]
+    return max(fits, default=1)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -40,7 +41,7 @@ def read_documents(path: Path) -> Iterator[str]:
         if error.errno is not None:
             raise ValueError(f"cannot read {path}: {error.strerror}") from error
         raise _broken(path, compression, error) from error
-    except (EOFError, zlib.error, *_decompressor_errors(compression)) as error:
+    except (EOFError, zlib.error, *_decompressor_errors()) as error:
         raise _broken(path, compression, error) from error
 
 
@@ -105,7 +106,8 @@ def _rows(path: Path, stream: BinaryIO) -> Iterator[str]:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise _missing_package(path, "pyarrow") from error
-    source = stream if stream.seekable() else io.BytesIO(stream.read())
+    # Parquet is read from its end; seeking in a compressed stream would decompress it again and again.
+    source = stream if _kind(path)[1] == "" else io.BytesIO(stream.read())
     row = 0
     try:
         file = parquet.ParquetFile(source)
@@ -116,7 +118,7 @@ def _rows(path: Path, stream: BinaryIO) -> Iterator[str]:
                 if text is None:
                     raise ValueError(f"{path} row {row}: column 'text' is null; drop such rows")
                 yield text
-    except (arrow.ArrowException, UnicodeDecodeError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is not a whole parquet file, reading stopped after {row} rows ({reason})") from error
 
@@ -126,7 +128,8 @@ def _check_column(path: Path, schema: Any) -> None:
         names = ", ".join(schema.names[:8]) or "none"
         raise ValueError(f"{path} has no column 'text' (its columns: {names}); rename the column that holds the text")
     kind = schema.field("text").type
-    kind = getattr(kind, "value_type", kind)
+    if str(kind).startswith("dictionary"):
+        kind = kind.value_type
     if str(kind) not in ("string", "large_string", "string_view"):
         raise ValueError(f"{path}: column 'text' must hold strings, but holds {kind}")
 
@@ -205,16 +208,10 @@ class _ZstdReader(io.RawIOBase):
         super().close()
 
 
-def _decompressor_errors(compression: str) -> tuple[type[Exception], ...]:
-    if compression == ".xz":
-        import lzma
-
-        return (lzma.LZMAError,)
-    if compression == ".zst":
-        import zstandard
-
-        return (zstandard.ZstdError,)
-    return ()
+def _decompressor_errors() -> tuple[type[Exception], ...]:
+    """Returns the errors of those decompressors that are in use; importing one here could fail again."""
+    lzma, zstandard = sys.modules.get("lzma"), sys.modules.get("zstandard")
+    return (*((lzma.LZMAError,) if lzma else ()), *((zstandard.ZstdError,) if zstandard else ()))
 
 
 def _broken(path: Path, compression: str, error: Exception) -> ValueError:
