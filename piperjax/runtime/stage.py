@@ -134,7 +134,8 @@ class Stage:
         return gradient, grads
 
     def _positions(self) -> jax.Array:
-        return vary(jnp.arange(self.layout.positions, dtype=jnp.int32))
+        # Not varying: a predicate read at a position must vary over pipe only, as the layer table does.
+        return jnp.arange(self.layout.positions, dtype=jnp.int32)
 
     def _switch(self, kind: jax.Array, branches: list, nothing, operands):
         if self.layout.is_uniform:
