@@ -4,15 +4,14 @@ import glob
 import os
 import platform
 import sysconfig
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from piperjax.training.data.documents import ACCEPTED, is_readable
+from piperjax.training.data.documents import ACCEPTED, TEXT_SUFFIXES, is_readable
 
+STANDARD_LIBRARY = "stdlib"
 # Directories of the standard library that hold installed packages, byte code or tests instead of the library.
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-_LIBRARY_SUFFIXES = (".py", ".txt", ".rst", ".md")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,22 +32,25 @@ class Corpus:
         return sum(path.stat().st_size for path in self.files)
 
 
-def find_corpus(data: str | None = None) -> Corpus:
+def find_corpus(data: str = STANDARD_LIBRARY) -> Corpus:
     """Returns the corpus that `data` names: files, directories or globs, separated by commas.
 
-    Directories are searched recursively, without hidden entries; in directories and globs, files of other kinds
-    are passed over. Files keep the order of the arguments and are sorted by their path inside each, so the order
-    does not depend on where the data lie. `None` is the source text of the running Python's standard library.
+    Directories are searched recursively, without hidden entries; in directories and globs, files of other
+    kinds and empty ones are passed over. Files keep the order of the arguments and are sorted by their path
+    inside each, so the order does not depend on where the data lie. "stdlib" is the source text of the
+    running Python's standard library.
 
     Raises:
       ValueError: if a path is missing, of an unknown kind, empty, or holds no file that can be read.
     """
-    if data is None:
+    if data == STANDARD_LIBRARY:
         return standard_library()
     # A path that exists is taken as it stands, commas, brackets and all.
     parts = [data] if Path(data).expanduser().exists() else [part.strip() for part in data.split(",")]
     if not all(parts):
-        raise ValueError(f"--data '{data}' has an empty path between its commas; remove the stray comma or space")
+        raise ValueError(
+            f"--data '{data}' has an empty path between its commas; remove the stray comma or space"
+        )
     files: dict[Path, None] = {}
     for part in parts:
         files.update(dict.fromkeys(_find(part)))
@@ -61,17 +63,19 @@ def standard_library() -> Corpus:
     Source and text files, about 12 MB; its tests and installed packages are left out.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in _walk(root, _NOT_LIBRARY) if path.suffix in _LIBRARY_SUFFIXES]
-    files = [path for path in files if path.stat().st_size]
+    found = _walk(root, _NOT_LIBRARY)
+    files = [path for path in found if path.suffix in TEXT_SUFFIXES and path.stat().st_size]
     if not files:
-        raise ValueError(f"this Python keeps no source text in {root} to train on; give --data PATH, {ACCEPTED}")
+        raise ValueError(
+            f"this Python keeps no source text in {root} to train on; give --data PATH, {ACCEPTED}"
+        )
     return Corpus(name=f"standard library of Python {platform.python_version()}", files=tuple(files))
 
 
 def _find(part: str) -> list[Path]:
     path = Path(part).expanduser().absolute()
     if path.is_dir():
-        return _required(path for path in _walk(path) if is_readable(path)) or _refuse(f"directory {path} holds none")
+        return _with_content(_walk(path)) or _refuse(f"directory {path} holds none")
     if path.exists():
         if not is_readable(path):
             raise ValueError(f"cannot tell what {path} holds from its name; --data takes {ACCEPTED}")
@@ -83,11 +87,11 @@ def _find(part: str) -> list[Path]:
         what = "nothing matches" if glob.has_magic(part) else "there is no file or directory"
         raise ValueError(f"{what} {path}; --data takes {ACCEPTED}")
     found = [file for match in matches for file in (_walk(match) if match.is_dir() else [match])]
-    return _required(file for file in found if is_readable(file)) or _refuse(f"none of the matches of {part} is one")
+    return _with_content(found) or _refuse(f"none of the matches of {path} is one")
 
 
-def _required(files: Iterable[Path]) -> list[Path]:
-    return [path for path in files if path.stat().st_size]
+def _with_content(files: list[Path]) -> list[Path]:
+    return [path for path in files if is_readable(path) and path.stat().st_size]
 
 
 def _refuse(finding: str) -> list[Path]:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from piperjax.training.data.corpus import find_corpus
+from piperjax.training.data.corpus import STANDARD_LIBRARY, find_corpus
 from piperjax.training.data.packing import PackedSequences
 from piperjax.training.data.shards import TokenStore, default_cache_dir, open_token_store
 from piperjax.training.data.tokenizer import ByteTokenizer, Tokenizer
 
 VALIDATION_FRACTION = 0.02
+
+# Where each piece of a split starts in the store, and how many tokens it has: two arrays [N].
+Pieces = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -64,44 +67,45 @@ class Dataset:
         """Returns one line for the log."""
         return (
             f"{self.name}: {self.store.num_documents:,} documents, {self.store.num_tokens:,} tokens; "
-            f"{len(self.train):,} training and {len(self.validation):,} validation sequences of {self.seq_len}; "
-            f"cache {self.store.path}"
+            f"{len(self.train):,} training and {len(self.validation):,} validation sequences "
+            f"of {self.seq_len}; cache {self.store.path}"
         )
 
 
 def load_dataset(
-    data: str | None = None,
+    data: str = STANDARD_LIBRARY,
     *,
     seq_len: int,
     tokenizer: Tokenizer | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | Path = "",
     validation_fraction: float = VALIDATION_FRACTION,
     report: Callable[[str], None] = print,
 ) -> Dataset:
     """Reads, tokenises (or finds in the cache), splits and packs the text that `data` names.
 
-    Whole documents are held out, those whose hash falls below the fraction: a document stays on its side when
-    others are added, and equal documents are on the same side, whatever the tokenizer. Only where few or uneven
-    documents would make that less than a quarter or more than four times the tokens wished for (a corpus of one
-    file, say), the last part of every document is held out instead.
+    Whole documents are held out, those whose hash falls below the fraction: a document stays on its side
+    when others are added, and equal documents are on the same side, whatever the tokenizer. Only where few or
+    uneven documents would make that less than a quarter or more than four times the tokens wished for (a
+    corpus of one file, say), the last part of every document is held out instead.
 
     Args:
-      data: see `find_corpus`; None is the standard library of the running Python.
+      data: see `find_corpus`.
       seq_len: tokens per sequence.
       tokenizer: None is the byte tokenizer.
-      cache_dir: where token caches are kept; None is `default_cache_dir()`.
-      validation_fraction: share of the tokens to hold out, 0 to 0.5.
+      cache_dir: where token caches are kept; "" is `default_cache_dir()`.
+      validation_fraction: share of the text to hold out; 0 for none.
       report: receives a line when a cache is rebuilt or tokenising takes long.
 
     Raises:
       ValueError: if the data cannot be read or there is less than one sequence to train on.
     """
-    if not 0.0 <= validation_fraction <= 0.5:
-        raise ValueError(f"validation_fraction must lie between 0 and 0.5, got {validation_fraction}")
+    if not 0.0 <= validation_fraction < 1.0:
+        raise ValueError(f"validation_fraction must be at least 0 and less than 1, got {validation_fraction}")
     corpus = find_corpus(data)
     tokenizer = tokenizer or ByteTokenizer()
-    cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    store = open_token_store(corpus, tokenizer, cache_dir=cache_dir, report=report)
+    store = open_token_store(
+        corpus, tokenizer, cache_dir=Path(cache_dir or default_cache_dir()), report=report
+    )
     training, validation = _split(store, validation_fraction)
     dataset = Dataset(
         name=corpus.name,
@@ -122,14 +126,16 @@ def load_dataset(
 def unigram_entropy(dataset: Dataset) -> float:
     """Returns the mean of -log p over the validation targets, in nats per token.
 
-    p is how often each token occurs in the training split, one occurrence added to each: the loss of a model that
-    knows the frequencies of the tokens and nothing of their order. A model that learns must get below it.
+    p is how often each token occurs in the training split, one occurrence added to each: the loss of a model
+    that knows the frequencies of the tokens and nothing of their order. One that learns must get below it.
 
     Raises:
       ValueError: if there is no validation split.
     """
     if not dataset.validation_targets:
-        raise ValueError("the unigram entropy is measured on held-out text, but none is held out; give more text")
+        raise ValueError(
+            "the unigram entropy is measured on held-out text, but none is held out; give more text"
+        )
     held_out = np.zeros(dataset.tokenizer.vocab_size, np.int64)
     targets = held_out.copy()
     for index in range(len(dataset.validation)):
@@ -140,8 +146,8 @@ def unigram_entropy(dataset: Dataset) -> float:
     return float(-(targets * np.log(counts / counts.sum())).sum() / targets.sum())
 
 
-def _split(store: TokenStore, fraction: float) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Returns (starts [N], lengths [N]) of the pieces of the training and of the validation split."""
+def _split(store: TokenStore, fraction: float) -> tuple[Pieces, Pieces]:
+    """Returns the pieces of the training and of the validation split."""
     lengths = store.document_tokens
     starts = np.cumsum(lengths) - lengths
     is_held_out = store.document_hashes < np.uint64(fraction * 2**64)

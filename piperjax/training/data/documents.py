@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 ACCEPTED = (
-    "a file ending in .txt, .md, .rst or .py (one document), .jsonl (one per line, field 'text') or .parquet "
-    "(one per row, column 'text'), each also with .gz, .bz2, .xz or .zst after it, a directory of such files, or a glob"
+    "a file ending in .txt, .md, .rst or .py (one document), .jsonl (one per line, field 'text') or "
+    ".parquet (one per row, column 'text'), each also with .gz, .bz2, .xz or .zst after it, a directory of such "
+    "files, or a glob"
 )
 _PARQUET_ROWS = 1024
 
@@ -79,19 +80,25 @@ def _record_text(place: str, source: str) -> str:
         record = json.loads(source)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", str(error))
-        raise ValueError(f"{place} is not valid JSON ({reason}); each line must be one object with a field 'text'") from error
+        raise ValueError(
+            f"{place} is not valid JSON ({reason}); each line must be one object with a field 'text'"
+        ) from error
     if not isinstance(record, dict):
         raise ValueError(f"{place} must be a JSON object with a field 'text', but is {_json_type(record)}")
     if "text" not in record:
         fields = ", ".join(list(record)[:8]) or "none"
-        raise ValueError(f"{place} has no field 'text' (its fields: {fields}); rename the field that holds the text")
+        raise ValueError(
+            f"{place} has no field 'text' (its fields: {fields}); rename the field that holds the text"
+        )
     text = record["text"]
     if not isinstance(text, str):
         raise ValueError(f"{place}: field 'text' must be a string, but is {_json_type(text)}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{place}: field 'text' holds half a surrogate pair, which is no text; repair the escape") from error
+        raise ValueError(
+            f"{place}: field 'text' holds half a surrogate pair, which is no text; repair the escape"
+        ) from error
     return text
 
 
@@ -103,7 +110,7 @@ def _json_type(value: Any) -> str:
 def _rows(path: Path, stream: BinaryIO) -> Iterator[str]:
     try:
         import pyarrow as arrow
-        import pyarrow.parquet as parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise _missing_package(path, "pyarrow") from error
     # Parquet is read from its end; seeking in a compressed stream would decompress it again and again.
@@ -120,13 +127,17 @@ def _rows(path: Path, stream: BinaryIO) -> Iterator[str]:
                 yield text
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a whole parquet file, reading stopped after {row} rows ({reason})") from error
+        raise ValueError(
+            f"{path} is not a whole parquet file, reading stopped after {row} rows ({reason})"
+        ) from error
 
 
 def _check_column(path: Path, schema: Any) -> None:
     if "text" not in schema.names:
         names = ", ".join(schema.names[:8]) or "none"
-        raise ValueError(f"{path} has no column 'text' (its columns: {names}); rename the column that holds the text")
+        raise ValueError(
+            f"{path} has no column 'text' (its columns: {names}); rename the column that holds the text"
+        )
     kind = schema.field("text").type
     if str(kind).startswith("dictionary"):
         kind = kind.value_type
@@ -215,17 +226,27 @@ def _decompressor_errors() -> tuple[type[Exception], ...]:
 
 
 def _broken(path: Path, compression: str, error: Exception) -> ValueError:
-    names = {"": "readable", ".gz": "whole gzip", ".bz2": "whole bzip2", ".xz": "whole xz", ".zst": "whole zstandard"}
-    return ValueError(f"{path} is not a {names[compression]} file ({error}); fetch or compress it again")
+    kind = {
+        "": "readable",
+        ".gz": "whole gzip",
+        ".bz2": "whole bzip2",
+        ".xz": "whole xz",
+        ".zst": "whole zstd",
+    }
+    return ValueError(f"{path} is not a {kind[compression]} file ({error}); fetch or compress it again")
 
 
 def _binary(path: Path, line: int) -> ValueError:
-    return ValueError(f"{path} line {line} holds a NUL byte, so the file is binary or not UTF-8; give text in UTF-8")
+    return ValueError(
+        f"{path} line {line} holds a NUL byte, so it is binary or not UTF-8; give text in UTF-8"
+    )
 
 
 def _undecodable(path: Path, line: int, error: UnicodeDecodeError) -> ValueError:
     byte = error.object[error.start]
-    return ValueError(f"{path} line {line} is not UTF-8 (byte 0x{byte:02x}); convert the file to UTF-8 or leave it out")
+    return ValueError(
+        f"{path} line {line} is not UTF-8 (byte 0x{byte:02x}); convert the file or leave it out"
+    )
 
 
 def _missing_package(path: Path, package: str) -> ValueError:

@@ -1,5 +1,6 @@
 """This file is the loader: which sequences make up which step, read by each process for its own rows only."""
 
+import hashlib
 import operator
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,8 @@ class TrainBatches:
 
     Step `s` takes the sequences at positions `s * batch_size ..` of an endless order in which every epoch is
     another permutation of the whole split. Row `r` of microbatch `m` is position
-    `s * batch_size + m * B_mb + r`, with B_mb = batch_size / num_microbatches: neither the mesh nor the number of
-    processes enters, and the position of a run in its data is its step.
+    `s * batch_size + m * B_mb + r`, with B_mb = batch_size / num_microbatches: neither the mesh nor the
+    number of processes enters, and the position of a run in its data is its step.
 
     Args:
       sequences: usually `dataset.train`.
@@ -48,10 +49,10 @@ class TrainBatches:
         self._sequences = sequences
         self._batch_size = batch_size
         self._offsets = _offsets(batch_size, num_microbatches, rows)
-        # Grain takes 32-bit seeds and numbers the epochs by adding to them; spread so that runs of neighbouring
-        # seeds do not share epochs.
-        order = np.random.SeedSequence(_checked_seed(seed)).generate_state(1)[0]
-        self._order = grain.MapDataset.range(len(sequences)).shuffle(seed=int(order)).repeat()
+        # Grain takes 32-bit seeds and adds 1 for each epoch; hashed, lest seed 0's second epoch be seed 1's
+        # first.
+        order = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")
+        self._order = grain.MapDataset.range(len(sequences)).shuffle(seed=order).repeat()
 
     def sequence_index(self, position: int) -> int:
         """Returns which sequence stands at a position of the run."""
@@ -66,10 +67,11 @@ class TrainBatches:
         if step < 0:
             raise ValueError(f"steps count from 0, got {step}")
         positions = step * self._batch_size + self._offsets
-        return _stack(self._sequences, positions, [self.sequence_index(position) for position in positions.flat])
+        indices = [self.sequence_index(position) for position in positions.flat]
+        return _stack(self._sequences, positions.shape, indices)
 
     def iterate(self, first_step: int = 0) -> Iterator[Batch]:
-        """Yields `batch(first_step)`, `batch(first_step + 1)`, ... without end, read ahead in the background."""
+        """Yields `batch(first_step)`, `batch(first_step + 1)`, ... without end, read ahead by threads."""
         import grain
 
         options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_PREFETCH_STEPS)
@@ -87,7 +89,12 @@ class ValidationBatches:
     """
 
     def __init__(
-        self, sequences: PackedSequences, *, batch_size: int, num_microbatches: int = 1, rows: Rows = slice(None)
+        self,
+        sequences: PackedSequences,
+        *,
+        batch_size: int,
+        num_microbatches: int = 1,
+        rows: Rows = slice(None),
     ):
         self._sequences = sequences
         self._batch_size = batch_size
@@ -101,7 +108,7 @@ class ValidationBatches:
         if not 0 <= index < len(self):
             raise IndexError(f"validation batch {index} of {len(self)}")
         positions = index * self._batch_size + self._offsets
-        return _stack(self._sequences, positions, list(positions.flat))
+        return _stack(self._sequences, positions.shape, list(positions.flat))
 
 
 def _offsets(batch_size: int, num_microbatches: int, rows: Rows) -> np.ndarray:
@@ -124,14 +131,7 @@ def _offsets(batch_size: int, num_microbatches: int, rows: Rows) -> np.ndarray:
     return chosen
 
 
-def _checked_seed(seed: int) -> int:
-    if seed < 0:
-        raise ValueError(f"a seed must not be negative, got {seed}")
-    return seed
-
-
-def _stack(sequences: PackedSequences, positions: np.ndarray, indices: list[int]) -> Batch:
+def _stack(sequences: PackedSequences, grid: tuple[int, ...], indices: list[int]) -> Batch:
     blank = padding(sequences.seq_len, sequences.store.end_of_document)
     rows = [sequences[index] if index < len(sequences) else blank for index in indices]
-    shape = (*positions.shape, sequences.seq_len)
-    return {name: np.stack([row[name] for row in rows]).reshape(shape) for name in LEAVES}
+    return {name: np.stack([row[name] for row in rows]).reshape(*grid, -1) for name in LEAVES}

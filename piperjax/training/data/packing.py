@@ -20,8 +20,9 @@ LEAVES = {
 class PackedSequences:
     """The sequences of one split, each a pure function of its index.
 
-    The pieces (documents, or parts of them) are put in a fixed random order and laid end to end. Sequence `i` is
-    the S tokens of that stream from `i * S` on; its targets are the same shifted by one:
+    The pieces (documents, or parts of them) are put in a fixed random order, which depends on no seed, and
+    laid end to end. Sequence `i` is the S tokens of that stream from `i * S` on; its targets are the same
+    shifted by one:
 
         stream    a0 a1 a2 |  b0 b1 b2 b3 b4 |  c0 ...          S = 4, documents a, b, c
         sequence  [a0 a1 a2 b0] [b1 b2 b3 b4] ...
@@ -84,7 +85,7 @@ class PackedSequences:
         end = min(begin + S + 1, self.num_tokens)
         first = np.searchsorted(self._ends, begin, side="right")
         last = np.searchsorted(self._begins, end, side="left")
-        # Where each piece begins and ends inside this sequence, and from which offset of the store it is read.
+        # Where each piece begins in the stream, how much of it is here, and from which offset of the store.
         left = np.maximum(self._begins[first:last], begin)
         counts = np.minimum(self._ends[first:last], end) - left
         sources = self._starts[first:last] + (left - self._begins[first:last])
@@ -114,9 +115,9 @@ def padding(seq_len: int, end_of_document: int) -> Sequence:
 
 
 def _fixed_order(count: int) -> np.ndarray:
-    """Returns a permutation [count] that is the same for ever and everywhere, numpy's own generators are not.
+    """Returns a permutation [count] that no version of numpy will change, as its generators might.
 
-    The documents of one file or directory resemble each other; a random order spreads them over the sequences.
+    Documents of one file or directory resemble each other; a random order spreads them over the sequences.
     """
     with np.errstate(over="ignore"):
         # SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64-bit integers whose outputs look random.

@@ -85,9 +85,9 @@ def open_token_store(
 ) -> TokenStore:
     """Returns the corpus as tokens, from the cache if its files, sizes and times are unchanged.
 
-    A cache appears under its final name only when it is whole, so a killed process leaves nothing that could be
-    mistaken for one, and of several processes that build the same cache all end with the same files. A cache that
-    is damaged or of another format is built again, and `report` says so.
+    A cache appears under its final name only when it is whole, so a killed process leaves nothing that could
+    be mistaken for one, and of several processes that want the same cache one builds it. A cache that is
+    damaged or of another format is built again, and `report` says so.
 
     Raises:
       ValueError: if a file cannot be read, the corpus holds no text, or the cache cannot be written.
@@ -104,7 +104,15 @@ def open_token_store(
                 return store
             if is_exclusive:
                 _remove_leftovers(path)
-            _build(path, key, corpus, tokenizer, report, shard_tokens)
+            temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+            try:
+                writer = _Writer(temporary, tokenizer, shard_tokens)
+                for texts in _batches(corpus, report):
+                    writer.add(texts)
+                writer.finish(key)
+                _publish(temporary, path, key)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         store = _open_valid(path, key, report)
     except OSError as error:
         raise ValueError(
@@ -161,23 +169,6 @@ def _open(path: Path, key: str) -> TokenStore:
     )
 
 
-def _build(
-    path: Path, key: str, corpus: Corpus, tokenizer: Tokenizer, report: Callable[[str], None], shard_tokens: int
-) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        writer = _Writer(temporary, tokenizer, shard_tokens)
-        for texts in _batches(corpus, report):
-            writer.add(texts)
-        if not writer.document_tokens:
-            raise ValueError(f"{corpus.name} holds no documents, only empty ones; give data with text in it")
-        writer.finish(key)
-        _publish(temporary, path, key)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _publish(temporary: Path, path: Path, key: str) -> None:
     """Renames a whole cache into place, and a damaged one out of the way."""
     while True:
@@ -200,6 +191,7 @@ class _Writer:
     """Appends documents to shards. A document never straddles two shards."""
 
     def __init__(self, directory: Path, tokenizer: Tokenizer, shard_tokens: int):
+        directory.mkdir()
         self._directory = directory
         self._tokenizer = tokenizer
         self._shard_tokens = shard_tokens
@@ -207,7 +199,7 @@ class _Writer:
         self._shard_lengths: list[int] = []
         self._file: Any = None
         self._counts = np.zeros(tokenizer.vocab_size, np.int64)
-        self.document_tokens: list[int] = []
+        self._document_tokens: list[int] = []
         self._document_bytes: list[int] = []
         self._document_hashes: list[int] = []
 
@@ -218,7 +210,7 @@ class _Writer:
             digest = hashlib.blake2b(content, digest_size=8).digest()
             documents.append(np.append(ids, self._tokenizer.end_of_document).astype(self._dtype))
             self._append(documents[-1])
-            self.document_tokens.append(len(documents[-1]))
+            self._document_tokens.append(len(documents[-1]))
             self._document_bytes.append(len(content))
             self._document_hashes.append(int.from_bytes(digest, "little"))
         self._counts += np.bincount(np.concatenate(documents), minlength=len(self._counts))
@@ -239,14 +231,14 @@ class _Writer:
 
     def finish(self, key: str) -> None:
         self._close_shard()
-        table = [self.document_tokens, self._document_bytes, self._document_hashes]
+        table = [self._document_tokens, self._document_bytes, self._document_hashes]
         np.save(self._directory / "documents.npy", np.array(table, np.uint64))
         np.save(self._directory / "counts.npy", self._counts)
         index = {
             "key": key,
             "dtype": np.dtype(self._dtype).name,
             "shard_tokens": self._shard_lengths,
-            "num_documents": len(self.document_tokens),
+            "num_documents": len(self._document_tokens),
             "end_of_document": self._tokenizer.end_of_document,
         }
         (self._directory / "index.json").write_text(json.dumps(index))
@@ -272,6 +264,8 @@ def _batches(corpus: Corpus, report: Callable[[str], None]) -> Iterator[list[str
             if time.monotonic() - reported > _REPORT_SECONDS:
                 report(f"tokenising: {documents} documents, file {number} of {len(corpus.files)}")
                 reported = time.monotonic()
+    if not documents:
+        raise ValueError(f"{corpus.name} holds no documents, only empty ones; give data with text in it")
     if texts:
         yield texts
 

@@ -1,4 +1,4 @@
-"""This file is the tokenizers: text to token ids and back, with one face for bytes and for any tokenizer.json."""
+"""This file is the tokenizers, bytes or any tokenizer.json: text to token ids and back."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ END_OF_DOCUMENT_NAMES = (
     "<|endoftext|>",
     "<|end_of_text|>",
     "<|end_of_document|>",
-    "<｜end▁of▁sentence｜>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
     "</s>",
     "<eos>",
     "<|eos|>",
@@ -73,11 +73,11 @@ class ByteTokenizer:
 class HuggingFaceTokenizer:
     """Any `tokenizer.json`, read by the `tokenizers` library.
 
-    The file's own truncation, padding and automatic special tokens are turned off, and special tokens written
-    out in a text are encoded as ordinary text, so a document cannot forge its own end.
+    The file's own truncation, padding and automatic special tokens are turned off, and special tokens
+    written out in a text are encoded as ordinary text, so a document cannot forge its own end.
 
-    The end-of-document token is, in this order: the argument; `eos_token` of a `tokenizer_config.json` beside the
-    file; the first of `END_OF_DOCUMENT_NAMES` that the vocabulary holds.
+    The end-of-document token is, in this order: the argument; `eos_token` of a `tokenizer_config.json`
+    beside the file; the first of `END_OF_DOCUMENT_NAMES` that the vocabulary holds.
 
     Raises:
       ValueError: if the file is missing or no tokenizer, or has no end-of-document token.
@@ -113,7 +113,7 @@ class HuggingFaceTokenizer:
 
 
 def open_tokenizer(name: str = "bytes") -> Tokenizer:
-    """Returns the byte tokenizer for `"bytes"`, otherwise the tokenizer.json (or its directory) at that path."""
+    """Returns the byte tokenizer for `"bytes"`, otherwise that of the tokenizer.json (or directory) named."""
     return ByteTokenizer() if name == "bytes" else HuggingFaceTokenizer(name)
 
 
@@ -133,7 +133,9 @@ def _tokenizer_file(path: Path) -> Path:
             raise ValueError(f"directory {path} holds no tokenizer.json; give the path of the file itself")
         return path / "tokenizer.json"
     if not path.exists():
-        raise ValueError(f"no tokenizer at {path}; give the path of a tokenizer.json, or 'bytes' for the built-in one")
+        raise ValueError(
+            f"no tokenizer at {path}; give the path of a tokenizer.json, or 'bytes' for the built-in one"
+        )
     return path
 
 
@@ -170,7 +172,9 @@ def _parse(path: Path, content: bytes) -> Any:
 def _end_of_document_name(path: Path, vocabulary: dict[str, int], wished: str | None) -> str:
     if wished is not None:
         if wished not in vocabulary:
-            raise ValueError(f"tokenizer {path} has no token '{wished}' to end documents with; name one of its own")
+            raise ValueError(
+                f"tokenizer {path} has no token '{wished}' to end documents with; name one of its own"
+            )
         return wished
     names = (*_configured_name(path.with_name("tokenizer_config.json")), *END_OF_DOCUMENT_NAMES)
     for name in names:
@@ -183,13 +187,15 @@ def _end_of_document_name(path: Path, vocabulary: dict[str, int], wished: str | 
 
 
 def _configured_name(path: Path) -> tuple[str, ...]:
-    """Returns `eos_token` of a tokenizer_config.json, which writes it as a string or as {"content": string}."""
+    """Returns `eos_token` of a tokenizer_config.json: a string there, or {"content": string}."""
     if not path.is_file():
         return ()
     try:
         config = json.loads(_read(path))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); mend it, or remove it to use the default rule") from error
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); mend it, or remove it to use the default rule"
+        ) from error
     token = config.get("eos_token") if isinstance(config, dict) else None
     if isinstance(token, dict):
         token = token.get("content")
