@@ -145,7 +145,7 @@ class MoEFFN:
       d_ff: F, hidden width of one expert.
       num_matrices: 3 is SwiGLU, 2 is GELU; the same for routed, shared and residual parts.
       shared_d_ff: hidden width of all shared experts together; 0 for none.
-      dense_residual_d_ff: hidden width of a dense part beside the experts (Arctic); 0 for none.
+      dense_residual_d_ff: hidden width of a dense part with its own norm beside the experts (Arctic), or 0.
       router: how tokens choose experts.
       shared_gate: "sigmoid" multiplies the shared experts by a learned gate per token (Qwen2-MoE).
     """

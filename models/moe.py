@@ -87,7 +87,7 @@ class Experts(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-    """Routed experts plus, where configured, shared experts and a dense residual part.
+    """Routed experts plus, where configured, shared experts.
 
     [B, S, D] -> (y [B, S, D], auxiliary loss, stats); see `transformer.layer_function` for the stats.
     """
@@ -100,9 +100,6 @@ class MixtureOfExperts(nnx.Module):
             self.shared = FeedForward(d_model, DenseFFN(d_ff=ffn.shared_d_ff, num_matrices=ffn.num_matrices))
         if ffn.shared_gate == "sigmoid":
             self.shared_gate = parameter(d_model)
-        if ffn.dense_residual_d_ff:
-            residual = DenseFFN(d_ff=ffn.dense_residual_d_ff, num_matrices=ffn.num_matrices)
-            self.dense_residual = FeedForward(d_model, residual)
 
     def __call__(self, x: jax.Array, context: LayerContext) -> tuple[jax.Array, jax.Array, Stats]:
         B, S, D = x.shape
@@ -119,16 +116,14 @@ class MixtureOfExperts(nnx.Module):
             return self.experts(rows, group_sizes, context)
 
         routed, dropped = context.experts(expert_ffn, tokens, expert_ids, gates, E)
-        y = routed.astype(x.dtype).reshape(B, S, D) + self._beside_experts(x)
+        y = routed.astype(x.dtype).reshape(B, S, D) + self._shared_experts(x)
         return y, aux, {"load": load, "dropped": dropped}
 
-    def _beside_experts(self, x: jax.Array) -> jax.Array | float:
-        """Returns what the shared experts and the dense residual part add, [B, S, D], or 0.0 without any."""
+    def _shared_experts(self, x: jax.Array) -> jax.Array | float:
+        """Returns what the shared experts add, [B, S, D], or 0.0 without any."""
         y = 0.0
         if self.config.shared_d_ff:
             y = self.shared(x)
         if self.config.shared_gate == "sigmoid":
             y = jax.nn.sigmoid(x @ self.shared_gate[...])[:, :, None] * y
-        if self.config.dense_residual_d_ff:
-            y = y + self.dense_residual(x)
         return y

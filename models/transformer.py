@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from models.attention import Attention
-from models.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
+from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
 from models.layers import ExpertFFN, FeedForward, LayerContext, at_least_float32, parameter, rms_norm
 from models.moe import MixtureOfExperts, Stats
 
@@ -29,7 +29,7 @@ LayerFunction = Callable[[Params, jax.Array, LayerContext], tuple[jax.Array, jax
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+    """x + attention(norm(x)), then x + ffn(norm(x)), plus dense_residual(norm(x)) where configured."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig):
         self.norm_eps = config.norm_eps
@@ -39,6 +39,11 @@ class DecoderLayer(nnx.Module):
         self.ffn_norm = parameter(config.d_model)
         has_experts = isinstance(layer.ffn, MoEFFN)
         self.ffn = (MixtureOfExperts if has_experts else FeedForward)(config.d_model, layer.ffn)
+        self.has_dense_residual = has_experts and layer.ffn.dense_residual_d_ff > 0
+        if self.has_dense_residual:
+            residual = DenseFFN(d_ff=layer.ffn.dense_residual_d_ff, num_matrices=layer.ffn.num_matrices)
+            self.dense_residual_norm = parameter(config.d_model)
+            self.dense_residual = FeedForward(config.d_model, residual)
 
     def __call__(self, x: jax.Array, context: LayerContext) -> tuple[jax.Array, jax.Array, Stats]:
         with jax.named_scope("attention"):
@@ -53,6 +58,8 @@ class DecoderLayer(nnx.Module):
                     "load": jnp.zeros(self.num_experts, jnp.float32),
                     "dropped": jnp.zeros((), jnp.float32),
                 }
+            if self.has_dense_residual:
+                y = y + self.dense_residual(rms_norm(x, self.dense_residual_norm[...], self.norm_eps))
         return x + y, aux, stats
 
 
