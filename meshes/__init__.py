@@ -1,0 +1,1 @@
+"""What a model is trained on: mesh axes, machine descriptions and device meshes."""
