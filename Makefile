@@ -1,0 +1,49 @@
+# Every target makes the virtual environment it needs, and installs again only when the requirements changed.
+
+# The Python that .venv is made with: the one already in .venv, or the first that is new enough.
+CANDIDATES := .venv/bin/python python3.11 python3.12 python3.13 python3.14 python3
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+ifndef PYTHON
+PYTHON := $(shell for python in $(CANDIDATES); do $$python $(NEW_ENOUGH) && echo $$python && break; done)
+endif
+NO_PYTHON := PiperJAX needs Python 3.11 or newer and none of python3.11, python3.12, ..., python3 is; install one, or name it: make train PYTHON=/path/to/python
+
+INSTALL = @$(if $(PYTHON),$(PYTHON) launch/install.py,echo "$(NO_PYTHON)" >&2; exit 2;)
+RUN = .venv/bin/python
+
+.PHONY: help train test test-all lint format clean
+
+help:
+	@echo "make train [ARGS='--model small --devices 8'] [EXTRA=cuda]   train; again to resume; EXTRA=rocm for AMD"
+	@echo "make test                                                    the tests that take minutes together"
+	@echo "make test-all                                                every test"
+	@echo "make lint                                                    style, names, import directions"
+	@echo "make format                                                  lay the code out as lint wants it"
+	@echo "make clean                                                   remove .venv and caches; runs/ stays"
+	@echo "PYTHON=python3.12 chooses the Python, 3.11 or newer"
+
+train:
+	$(INSTALL) $(EXTRA)
+	@$(RUN) train.py $(ARGS)
+
+test:
+	$(INSTALL) dev $(EXTRA)
+	@$(RUN) -m pytest -q -m "not slow" $(ARGS)
+
+test-all:
+	$(INSTALL) dev $(EXTRA)
+	@$(RUN) -m pytest -q $(ARGS)
+
+lint:
+	$(INSTALL) dev $(EXTRA)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+format:
+	$(INSTALL) dev $(EXTRA)
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
