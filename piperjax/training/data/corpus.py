@@ -6,6 +6,7 @@ import platform
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from piperjax.training.data.documents import ACCEPTED, TEXT_SUFFIXES, is_readable
 
@@ -46,14 +47,17 @@ def find_corpus(data: str = STANDARD_LIBRARY) -> Corpus:
     if data == STANDARD_LIBRARY:
         return standard_library()
     # A path that exists is taken as it stands, commas, brackets and all.
-    parts = [data] if Path(data).expanduser().exists() else [part.strip() for part in data.split(",")]
+    parts = [data] if os.path.exists(os.path.expanduser(data)) else [part.strip() for part in data.split(",")]
     if not all(parts):
         raise ValueError(
             f"--data '{data}' has an empty path between its commas; remove the stray comma or space"
         )
     files: dict[Path, None] = {}
     for part in parts:
-        files.update(dict.fromkeys(_find(part)))
+        try:
+            files.update(dict.fromkeys(_find(part)))
+        except OSError as error:
+            raise ValueError(f"cannot read {error.filename or part}: {error.strerror}") from error
     return Corpus(name=data, files=tuple(files))
 
 
@@ -63,8 +67,8 @@ def standard_library() -> Corpus:
     Source and text files, about 12 MB; its tests and installed packages are left out.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    found = _walk(root, _NOT_LIBRARY)
-    files = [path for path in found if path.suffix in TEXT_SUFFIXES and path.stat().st_size]
+    found = [path for path in _walk(root, _NOT_LIBRARY) if path.is_file()]
+    files = [path for path in found if path.suffix in TEXT_SUFFIXES and os.path.getsize(path)]
     if not files:
         raise ValueError(
             f"this Python keeps no source text in {root} to train on; give --data PATH, {ACCEPTED}"
@@ -73,15 +77,13 @@ def standard_library() -> Corpus:
 
 
 def _find(part: str) -> list[Path]:
-    path = Path(part).expanduser().absolute()
-    if path.is_dir():
+    path = Path(os.path.expanduser(part)).absolute()
+    if os.path.isdir(path):
         return _with_content(_walk(path)) or _refuse(f"directory {path} holds none")
-    if path.exists():
+    if os.path.exists(path):
         if not is_readable(path):
             raise ValueError(f"cannot tell what {path} holds from its name; --data takes {ACCEPTED}")
-        if not path.stat().st_size:
-            raise ValueError(f"{path} is empty; give a file with text in it")
-        return [path]
+        return _with_content([path]) or _refuse(f"{path} is empty")
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not matches:
         what = "nothing matches" if glob.has_magic(part) else "there is no file or directory"
@@ -91,17 +93,26 @@ def _find(part: str) -> list[Path]:
 
 
 def _with_content(files: list[Path]) -> list[Path]:
-    return [path for path in files if is_readable(path) and path.stat().st_size]
+    readable = [path for path in files if is_readable(path)]
+    for path in readable:
+        # Passing over it would train on other text than was meant.
+        if not path.is_file():
+            raise ValueError(f"{path} is a broken link or no regular file; mend or remove it")
+    return [path for path in readable if path.stat().st_size]
 
 
-def _refuse(finding: str) -> list[Path]:
+def _refuse(finding: str) -> NoReturn:
     raise ValueError(f"--data needs files with text in them, but {finding}; it takes {ACCEPTED}")
 
 
 def _walk(root: Path, left_out: frozenset[str] = frozenset({"__pycache__"})) -> list[Path]:
     """Returns the files below `root`, sorted by their path inside it."""
     files = []
-    for directory, names, leaves in os.walk(root):
+    for directory, names, leaves in os.walk(root, onerror=_raise):
         names[:] = [name for name in names if name not in left_out and not name.startswith(".")]
         files += [Path(directory, leaf) for leaf in leaves if not leaf.startswith(".")]
     return sorted(files, key=lambda path: path.relative_to(root).parts)
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -44,9 +44,9 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Names the sequences in their order: equal fingerprints and seeds train on equal batches."""
+        """Names the content: equal fingerprints, batch sizes and seeds give equal batches, on any machine."""
         sizes = (self.seq_len, self.train.num_tokens, self.validation.num_tokens)
-        return "-".join([self.store.fingerprint, *map(str, sizes)])
+        return "-".join([self.store.content, *map(str, sizes)])
 
     @property
     def validation_targets(self) -> int:
@@ -85,8 +85,8 @@ def load_dataset(
 
     Whole documents are held out, those whose hash falls below the fraction: a document stays on its side
     when others are added, and equal documents are on the same side, whatever the tokenizer. Only where few or
-    uneven documents would make that less than a quarter or more than four times the tokens wished for (a
-    corpus of one file, say), the last part of every document is held out instead.
+    uneven documents would make that less than a quarter or more than four times the tokens wished for, or
+    halve the training text (a corpus of one file, say), the last part of every document is held out instead.
 
     Args:
       data: see `find_corpus`.
@@ -136,13 +136,9 @@ def unigram_entropy(dataset: Dataset) -> float:
         raise ValueError(
             "the unigram entropy is measured on held-out text, but none is held out; give more text"
         )
-    held_out = np.zeros(dataset.tokenizer.vocab_size, np.int64)
-    targets = held_out.copy()
-    for index in range(len(dataset.validation)):
-        sequence = dataset.validation[index]
-        targets += np.bincount(sequence["targets"][sequence["weights"] > 0], minlength=len(targets))
-        held_out += np.bincount(sequence["tokens"][sequence["segment_ids"] > 0], minlength=len(targets))
-    counts = np.maximum(dataset.store.token_counts - held_out, 0) + 1.0
+    targets = dataset.validation.target_counts()
+    # The tail that training drops for want of a whole sequence is counted with it.
+    counts = dataset.store.token_counts - dataset.validation.token_counts() + 1.0
     return float(-(targets * np.log(counts / counts.sum())).sum() / targets.sum())
 
 
@@ -152,7 +148,8 @@ def _split(store: TokenStore, fraction: float) -> tuple[Pieces, Pieces]:
     starts = np.cumsum(lengths) - lengths
     is_held_out = store.document_hashes < np.uint64(fraction * 2**64)
     wished = fraction * store.num_tokens
-    if wished / 4 <= lengths[is_held_out].sum() <= wished * 4:
+    most = min(4 * wished, (wished + store.num_tokens) / 2)
+    if wished / 4 <= lengths[is_held_out].sum() <= most:
         return (starts[~is_held_out], lengths[~is_held_out]), (starts[is_held_out], lengths[is_held_out])
     last = (lengths * fraction).astype(np.int64)
     first = lengths - last

@@ -12,9 +12,8 @@ from typing import Any, BinaryIO
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 ACCEPTED = (
-    "a file ending in .txt, .md, .rst or .py (one document), .jsonl (one per line, field 'text') or "
-    ".parquet (one per row, column 'text'), each also with .gz, .bz2, .xz or .zst after it, a directory of such "
-    "files, or a glob"
+    ".txt, .md, .rst, .py, .jsonl and .parquet files, compressed (.gz, .bz2, .xz, .zst) or not, "
+    "directories of them, and globs"
 )
 _PARQUET_ROWS = 1024
 

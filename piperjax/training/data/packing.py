@@ -6,6 +6,8 @@ import numpy as np
 
 from piperjax.training.data.shards import TokenStore
 
+_COUNTED_TOKENS = 1 << 20
+
 # One training example; every leaf is [S]. The same five names are the leaves of a batch, [M, B, S].
 Sequence = dict[str, np.ndarray]
 LEAVES = {
@@ -82,22 +84,13 @@ class PackedSequences:
             raise IndexError(f"sequence {index} of {self._length}")
         S = self.seq_len
         begin = int(index) * S
-        end = min(begin + S + 1, self.num_tokens)
-        first = np.searchsorted(self._ends, begin, side="right")
-        last = np.searchsorted(self._begins, end, side="left")
-        # Where each piece begins in the stream, how much of it is here, and from which offset of the store.
-        left = np.maximum(self._begins[first:last], begin)
-        counts = np.minimum(self._ends[first:last], end) - left
-        sources = self._starts[first:last] + (left - self._begins[first:last])
-        num_tokens = end - begin
-        within = np.arange(num_tokens) - np.repeat(left - begin, counts)
-
+        tokens, within, pieces = self._read(begin, min(begin + S + 1, self.num_tokens))
         stream = np.full(S + 1, self.store.end_of_document, np.int32)
         positions = np.zeros(S + 1, np.int32)
         segments = np.zeros(S + 1, np.int32)
-        stream[:num_tokens] = self.store.tokens(np.repeat(sources, counts) + within)
-        positions[:num_tokens] = within
-        segments[:num_tokens] = np.repeat(np.arange(1, last - first + 1), counts)
+        stream[: len(tokens)] = tokens
+        positions[: len(tokens)] = within
+        segments[: len(tokens)] = pieces + 1
         is_target = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
         return {
             "tokens": stream[:-1],
@@ -106,6 +99,34 @@ class PackedSequences:
             "segment_ids": segments[:-1],
             "weights": is_target.astype(np.float32),
         }
+
+    def token_counts(self) -> np.ndarray:
+        """Returns how often each token occurs in the split, int64 [V]; reads all of it."""
+        counts = np.zeros_like(self.store.token_counts)
+        for begin in range(0, self.num_tokens, _COUNTED_TOKENS):
+            tokens, _, _ = self._read(begin, min(begin + _COUNTED_TOKENS, self.num_tokens))
+            counts += np.bincount(tokens, minlength=len(counts))
+        return counts
+
+    def target_counts(self) -> np.ndarray:
+        """Returns how often each token is a target of weight 1, int64 [V]; the first of a piece is none."""
+        counts = self.token_counts()
+        return counts - np.bincount(self.store.tokens(self._starts), minlength=len(counts))
+
+    def _read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns tokens begin..end of the stream, each one's place in its piece's part here, and that piece.
+
+        Pieces are numbered from 0, the one that `begin` falls into; all three are [end - begin].
+        """
+        first = np.searchsorted(self._ends, begin, side="right")
+        last = np.searchsorted(self._begins, end, side="left")
+        # Where each piece begins in the stream, how much of it is here, and from which offset of the store.
+        left = np.maximum(self._begins[first:last], begin)
+        counts = np.minimum(self._ends[first:last], end) - left
+        sources = self._starts[first:last] + (left - self._begins[first:last])
+        within = np.arange(end - begin) - np.repeat(left - begin, counts)
+        tokens = self.store.tokens(np.repeat(sources, counts) + within)
+        return tokens, within, np.repeat(np.arange(last - first), counts)
 
 
 def padding(seq_len: int, end_of_document: int) -> Sequence:

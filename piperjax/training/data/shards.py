@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from piperjax.training.data.tokenizer import Tokenizer
 # Raise this when documents, tokens or files of the cache change their meaning.
 FORMAT = 1
 SHARD_TOKENS = 1 << 27
+# What reading files of unknown content as an index and numpy arrays can raise.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError)
 _BATCH_CHARACTERS = 1 << 22
 _REPORT_SECONDS = 10.0
 
@@ -31,7 +33,7 @@ class TokenStore:
 
     Attributes:
       path: directory of the cache.
-      fingerprint: names files, tokenizer and format; equal fingerprints hold equal tokens.
+      content: hash of all texts and of the tokenizer, wherever the files lie; equal content is equal tokens.
       shards: memory-mapped token arrays; laid end to end they are the tokens at offsets 0 .. num_tokens - 1.
       document_tokens: [N] int64, tokens of each document, its end-of-document token included.
       document_bytes: [N] int64, UTF-8 bytes of each document's text.
@@ -41,7 +43,7 @@ class TokenStore:
     """
 
     path: Path
-    fingerprint: str
+    content: str
     shards: tuple[np.ndarray, ...]
     document_tokens: np.ndarray
     document_bytes: np.ndarray
@@ -98,7 +100,7 @@ def open_token_store(
         if (store := _open_valid(path, key, report=lambda _: None)) is not None:
             return store
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_suffix(".lock")) as is_exclusive:
+        with _lock(path.with_suffix(".lock"), report) as is_exclusive:
             # While this process waited for the lock, another may have built the cache.
             if (store := _open_valid(path, key, report)) is not None:
                 return store
@@ -106,10 +108,10 @@ def open_token_store(
                 _remove_leftovers(path)
             temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
             try:
-                writer = _Writer(temporary, tokenizer, shard_tokens)
-                for texts in _batches(corpus, report):
-                    writer.add(texts)
-                writer.finish(key)
+                with _Writer(temporary, tokenizer, shard_tokens) as writer:
+                    for texts in _batches(corpus, report):
+                        writer.add(texts)
+                    writer.finish(key)
                 _publish(temporary, path, key)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -135,7 +137,7 @@ def _open_valid(path: Path, key: str, report: Callable[[str], None]) -> TokenSto
         return None
     try:
         return _open(path, key)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _DAMAGE as error:
         report(f"token cache {path} is damaged or of another kind ({error}); building it again")
         return None
 
@@ -159,7 +161,7 @@ def _open(path: Path, key: str) -> TokenStore:
         raise ValueError("documents.npy or counts.npy does not match index.json")
     return TokenStore(
         path=path,
-        fingerprint=key[:20],
+        content=index["content"],
         shards=tuple(shards),
         document_tokens=table[0].astype(np.int64),
         document_bytes=table[1].astype(np.int64),
@@ -203,6 +205,12 @@ class _Writer:
         self._document_bytes: list[int] = []
         self._document_hashes: list[int] = []
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close_shard()
+
     def add(self, texts: list[str]) -> None:
         documents = []
         for text, ids in zip(texts, self._tokenizer.encode_batch(texts), strict=True):
@@ -228,14 +236,19 @@ class _Writer:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+            self._file = None
 
     def finish(self, key: str) -> None:
         self._close_shard()
-        table = [self._document_tokens, self._document_bytes, self._document_hashes]
-        np.save(self._directory / "documents.npy", np.array(table, np.uint64))
+        columns = [self._document_tokens, self._document_bytes, self._document_hashes]
+        table = np.array(columns, np.uint64)
+        content = hashlib.blake2b(table.tobytes(), digest_size=10)
+        content.update(self._tokenizer.fingerprint.encode("utf-8"))
+        np.save(self._directory / "documents.npy", table)
         np.save(self._directory / "counts.npy", self._counts)
         index = {
             "key": key,
+            "content": content.hexdigest(),
             "dtype": np.dtype(self._dtype).name,
             "shard_tokens": self._shard_lengths,
             "num_documents": len(self._document_tokens),
@@ -271,20 +284,28 @@ def _batches(corpus: Corpus, report: Callable[[str], None]) -> Iterator[list[str
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[bool]:
+def _lock(path: Path, report: Callable[[str], None]) -> Iterator[bool]:
     """Holds an exclusive lock while other processes wait; yields False where the file system has no locks."""
+    with path.open("a") as file:
+        yield _locked(file, report)
+
+
+def _locked(file: IO[str], report: Callable[[str], None]) -> bool:
     try:
         import fcntl
     except ImportError:
-        yield False
-        return
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        report("waiting for another process that is tokenising the same data")
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def _remove_leftovers(path: Path) -> None:
