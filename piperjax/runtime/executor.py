@@ -256,8 +256,9 @@ class _Step:
         self.table = LayerTable(*(column[0] for column in table))
         num_tokens = lax.psum(batch["weights"].sum(), BATCH)
         # An all-padding batch has no loss and must not divide by zero.
-        self.loss_scale = vary(1.0 / jnp.maximum(num_tokens, 1.0))
-        self.aux_scale = vary(jnp.float32(1.0 / batch["tokens"].shape[0]))
+        wide = jnp.promote_types(self.executor.dtype, jnp.float32)
+        self.loss_scale = vary(1.0 / jnp.maximum(num_tokens.astype(wide), 1.0))
+        self.aux_scale = vary(jnp.asarray(1.0 / batch["tokens"].shape[0], wide))
         rank_columns = {name: column[:, 0] for name, column in columns[0].items()}
         carry, _ = lax.scan(self._tick, self._initial_carry(), (rank_columns, columns[1]))
         grads = self._reduced(carry.grads) if self.lowered.has_backward else {}

@@ -1,0 +1,253 @@
+"""The executor equals one device: loss and every gradient, for every schedule, mesh and memory mode.
+
+Truth is `models.transformer.reference_loss` under plain `jax.grad`: no pipeline, no dispatch, no sorting.
+Slot buffers start as NaN, so anything read before it was written would show.
+"""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from meshes.mesh import build_mesh
+from models import transformer
+from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN, Router
+from piperjax.planner.plan import Plan
+from piperjax.runtime.executor import Executor
+from piperjax.runtime.lint import check_no_deadlock
+
+BATCH_SIZE, SEQ_LEN = 64, 12
+MESHES = [
+    (pipe, expert, data)
+    for pipe, expert, data in itertools.product((1, 2, 4), (1, 2, 4), (1, 2))
+    if pipe * expert * data <= 8
+]
+GRID = [
+    (schedule, *mesh, M) for schedule in ("gpipe", "one_f_one_b") for mesh in MESHES for M in (4, 8)
+]
+# A covering part of the grid for every day: every mesh, both schedules, both numbers of microbatches.
+DAILY = [
+    (("gpipe", "one_f_one_b")[(i // 2) % 2] if mesh[0] > 1 else "one_f_one_b", *mesh, (4, 8)[i % 2])
+    for i, mesh in enumerate(MESHES)
+]
+
+
+def model(*, dense_layers=1, num_layers=4, embeddings="untied", balance="aux_loss", score="softmax"):
+    attention = GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm="head")
+    router = Router(balance=balance, score=score, aux_loss_coefficient=0.05, z_loss_coefficient=0.01)
+    moe = MoEFFN(num_experts=8, experts_per_token=2, d_ff=24, shared_d_ff=16, router=router)
+    layers = [LayerConfig(attention=attention, ffn=DenseFFN(d_ff=40))] * dense_layers
+    layers += [LayerConfig(attention=attention, ffn=moe)] * (num_layers - dense_layers)
+    # 61 does not divide by the pipe ranks: the last vocabulary shard is padded.
+    return ModelConfig(name="test", d_model=24, vocab_size=61, layers=tuple(layers), embeddings=embeddings)
+
+
+def plan_for(config, *, schedule="one_f_one_b", pipe=1, expert=1, data=1, M=4, layers_per_stage=None, **others):
+    quotient, rest = divmod(config.num_layers, pipe)
+    stages = layers_per_stage or tuple(quotient + (stage < rest) for stage in range(pipe))
+    return Plan(
+        pipe=pipe,
+        data=data,
+        expert=expert,
+        expert_factors=(1, 1, expert) if expert < 4 else (1, 2, expert // 2),
+        schedule=schedule,
+        num_microbatches=M,
+        layers_per_stage=stages,
+        batch_size=BATCH_SIZE,
+        seq_len=SEQ_LEN,
+        **others,
+    )
+
+
+def executor_for(config, plan, **options):
+    mesh = build_mesh(
+        pipe=plan.pipe,
+        data=plan.data,
+        expert_factors=plan.expert_factors,
+        devices=jax.devices()[: plan.num_devices],
+    )
+    return Executor(config, plan, mesh, buffer_fill=float("nan"), **options)
+
+
+@functools.cache
+def batch_for(vocab_size, M):
+    rng = np.random.default_rng(7)
+    shape = (M, BATCH_SIZE // M, SEQ_LEN)
+    flat = (BATCH_SIZE, SEQ_LEN)  # The same sequences for every M.
+    segments = 1 + np.cumsum(rng.random(flat) < 0.15, axis=-1)
+    positions = np.zeros(flat, int)
+    for t in range(1, SEQ_LEN):
+        positions[:, t] = np.where(segments[:, t] == segments[:, t - 1], positions[:, t - 1] + 1, 0)
+    batch = {
+        "tokens": rng.integers(0, vocab_size, flat),
+        "targets": rng.integers(0, vocab_size, flat),
+        "positions": positions,
+        "segment_ids": segments,
+    }
+    batch = {name: array.astype(np.int32).reshape(shape) for name, array in batch.items()}
+    return batch | {"weights": (rng.random(flat) < 0.9).astype(np.float32).reshape(shape)}
+
+
+def router_bias_for(config):
+    shape = (len(config.moe_layers), config.num_experts)
+    return np.random.default_rng(3).normal(0, 0.05, shape).astype(np.float32)
+
+
+def initial_params(config, seed):
+    # Compiled, as the executor does it: operation by operation the last bit may differ.
+    return jax.jit(lambda: transformer.init_params(config, seed))()
+
+
+@functools.cache
+def reference(config, M, dtype="float32"):
+    """(cross entropy, aux loss, load, gradients) of one device."""
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), initial_params(config, 0))
+    bias, batch = router_bias_for(config), batch_for(config.vocab_size, M)
+    step = transformer.reference_step(config, params, bias, batch)
+    grads = jax.grad(lambda p: transformer.reference_loss(config, p, bias, batch))(params)
+    return float(step.cross_entropy), float(step.aux_loss), np.asarray(step.load), jax.device_get(grads)
+
+
+def check_equal(config, plan, *, tolerance, dtype="float32"):
+    executor = executor_for(config, plan, dtype=dtype, master_dtype=dtype)
+    batch = jax.device_put(batch_for(config.vocab_size, plan.num_microbatches), executor.batch_sharding)
+    grads, stats = jax.jit(executor.gradients)(executor.init_params(0), router_bias_for(config), batch)
+    cross_entropy, aux_loss, load, expected = reference(config, plan.num_microbatches, dtype)
+    assert abs(float(stats.loss) - cross_entropy) <= tolerance * cross_entropy
+    assert abs(float(stats.aux_loss) - aux_loss) <= tolerance * max(aux_loss, 1e-3)
+    assert np.array_equal(np.asarray(stats.load), load)
+    assert float(stats.dropped) == 0
+    found = jax.device_get(executor.to_logical(grads))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, leaf), truth in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        error = np.abs(leaf - truth).max() / np.abs(truth).max()
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize(("schedule", "pipe", "expert", "data", "M"), DAILY)
+def test_equals_one_device(schedule, pipe, expert, data, M):
+    config = model()
+    plan = plan_for(config, schedule=schedule, pipe=pipe, expert=expert, data=data, M=M)
+    check_equal(config, plan, tolerance=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "pipe", "expert", "data", "M"), [cell for cell in GRID if cell not in DAILY])
+def test_equals_one_device_on_the_rest_of_the_grid(schedule, pipe, expert, data, M):
+    test_equals_one_device(schedule, pipe, expert, data, M)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pipe", "expert", "data", "memory_mode"),
+    [("one_f_one_b", 2, 2, 2, "layer"), ("gpipe", 4, 2, 1, "stage"), ("one_f_one_b", 1, 4, 2, "layer")],
+)
+def test_equals_one_device_in_float64(schedule, pipe, expert, data, memory_mode):
+    with jax.enable_x64(True):
+        config = model()
+        plan = plan_for(config, schedule=schedule, pipe=pipe, expert=expert, data=data, memory_mode=memory_mode)
+        check_equal(config, plan, tolerance=1e-10, dtype="float64")
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (model(), dict(pipe=4, memory_mode="stage")),
+        (model(), dict(pipe=2, expert=2, layers_per_stage=(3, 1))),
+        (model(num_layers=5, dense_layers=2), dict(pipe=4, layers_per_stage=(1, 2, 1, 1), memory_mode="stage")),
+        (model(embeddings="tied"), dict(pipe=2, data=2)),
+        (model(balance="bias", score="sigmoid"), dict(pipe=2, expert=4)),
+        (model(dense_layers=0), dict(pipe=2, expert=2)),
+        (model(dense_layers=4), dict(pipe=2, data=2)),
+    ],
+    ids=["stage-mode", "uneven", "uneven-two-kinds", "tied", "sigmoid-bias", "moe-only", "dense-only"],
+)
+def test_equals_one_device_for_other_models_and_modes(config, options):
+    check_equal(config, plan_for(config, **options), tolerance=1e-5)
+
+
+def test_evaluation_is_the_loss_of_the_step():
+    config = model()
+    for options in (dict(pipe=2, expert=2, data=2), dict()):
+        executor = executor_for(config, plan_for(config, **options))
+        batch = jax.device_put(batch_for(config.vocab_size, 4), executor.batch_sharding)
+        stats = jax.jit(executor.evaluate)(executor.init_params(0), router_bias_for(config), batch)
+        cross_entropy, aux_loss, load, _ = reference(config, 4)
+        assert float(stats.loss) == pytest.approx(cross_entropy, rel=1e-5)
+        assert float(stats.aux_loss) == pytest.approx(aux_loss, rel=1e-5)
+        assert np.array_equal(np.asarray(stats.load), load)
+
+
+def test_initial_parameters_are_the_same_on_every_mesh():
+    config = model()
+    expected = jax.device_get(initial_params(config, 11))
+    for options in (dict(), dict(pipe=4, expert=2), dict(pipe=2, data=2, expert=2), dict(pipe=2, layers_per_stage=(1, 3))):
+        executor = executor_for(config, plan_for(config, **options))
+        found = jax.device_get(executor.to_logical(executor.init_params(11)))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_logical_and_device_layout_are_inverse():
+    config = model(num_layers=5)
+    executor = executor_for(config, plan_for(config, pipe=2, data=2, layers_per_stage=(2, 3)))
+    params = executor.init_params(5)
+    again = executor.from_logical(executor.to_logical(params))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), params, again)
+    jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim) or pytest.fail("moved"), params, again)
+
+
+def abstract_arguments(executor):
+    config, plan = executor.config, executor.plan
+    batch = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=executor.batch_sharding)
+        for name, array in batch_for(config.vocab_size, plan.num_microbatches).items()
+    }
+    return executor.abstract_params, router_bias_for(config), batch
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "one_f_one_b"])
+@pytest.mark.parametrize("mesh", [(4, 2, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("memory_mode", ["layer", "stage"])
+def test_no_collective_can_deadlock(schedule, mesh, memory_mode):
+    config = model()
+    pipe, expert, data = mesh
+    plan = plan_for(config, schedule=schedule, pipe=pipe, expert=expert, data=data, memory_mode=memory_mode)
+    executor = executor_for(config, plan)
+    counts = check_no_deadlock(jax.make_jaxpr(executor.gradients)(*abstract_arguments(executor)))
+    assert sum(number for (name, _), number in counts.items() if name == "all_to_all") > 0 or expert == 1
+    evaluation = jax.make_jaxpr(executor.evaluate)(*abstract_arguments(executor))
+    check_no_deadlock(evaluation)
+
+
+def test_bfloat16_stays_near_float32():
+    config = model()
+    plan = plan_for(config, pipe=2, expert=2)
+    executor = executor_for(config, plan, dtype="bfloat16")
+    batch = jax.device_put(batch_for(config.vocab_size, 4), executor.batch_sharding)
+    grads, stats = jax.jit(executor.gradients)(executor.init_params(0), router_bias_for(config), batch)
+    cross_entropy, _, _, expected = reference(config, 4)
+    assert float(stats.loss) == pytest.approx(cross_entropy, rel=2e-3)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(grads)} == {"float32"}
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(expected)))
+    difference = jax.tree.map(lambda a, b: np.sum(np.square(a - b)), jax.device_get(executor.to_logical(grads)), expected)
+    # bfloat16 has 8 bits; a token whose two best experts nearly tie may also go elsewhere.
+    assert np.sqrt(sum(jax.tree.leaves(difference))) < 0.05 * norm
+
+
+def test_mesh_and_plan_must_agree():
+    config = model()
+    plan = plan_for(config, pipe=2)
+    mesh = build_mesh(pipe=1, data=2, expert_factors=(1, 1, 1), devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match="the mesh must have the plan's axes"):
+        Executor(config, plan, mesh)
+
+
+def test_experts_must_divide():
+    config = model()
+    with pytest.raises(ValueError, match="the expert axis must divide the 8 experts of test, got expert = 3"):
+        executor_for(config, plan_for(config, expert=1).__class__(**{
+            **plan_for(config).to_dict(), "expert": 3, "expert_factors": (1, 1, 3), "batch_size": 12, "num_microbatches": 4,
+        }))  # fmt: skip
