@@ -83,7 +83,7 @@ def apply(
     Gradients are global arrays under jit, so the norm is over the whole mesh; padded rows have zero
     gradients and neither count nor move.
     """
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     if config.clip_norm > 0:
         scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))
         grads = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), grads)

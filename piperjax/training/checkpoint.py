@@ -1,0 +1,294 @@
+"""This file is the checkpoints: logical, mesh-independent arrays and a description, written in the background."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from piperjax.training.config import CheckpointConfig
+from piperjax.training.optimizer import Moments
+from piperjax.training.state import Executor, TrainState, replicated, router_bias_shape, state_shardings
+
+FORMAT = 1
+DIRECTORY = "checkpoints"
+_VALIDATION_LOSS = "validation_loss"
+
+
+class Checkpoints:
+    """The checkpoints of one run, `<directory>/checkpoints/<step>/`.
+
+    Arrays are in the logical layout of `executor.to_logical`: parameters, both moments and the router bias,
+    [L, ...] per kind of layer. Beside them a description in JSON, with a checksum of every array. A checkpoint
+    appears under its name only when it is whole, and is never written over.
+
+    Args:
+      directory: run directory.
+      config: how many to keep; what is not given is only read.
+    """
+
+    def __init__(self, directory: Path | str, config: CheckpointConfig | None = None):
+        self.directory = Path(directory).absolute() / DIRECTORY
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        options: dict[str, Any] = {"create": False, "read_only": True}
+        if config is not None:
+            options = {
+                "create": True,
+                "cleanup_tmp_directories": True,
+                "preservation_policy": _preservation(config),
+                # The policy decides what is kept; without best_fn orbax would not store the losses it decides by.
+                "best_fn": lambda metrics: metrics[_VALIDATION_LOSS],
+                "best_mode": "min",
+            }
+        elif not self.directory.is_dir():
+            raise ValueError(f"there is no checkpoint in {self.directory.parent}; train there first")
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=("arrays", "description"),
+            options=ocp.CheckpointManagerOptions(**options),
+        )
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps that were saved, ascending."""
+        return tuple(sorted(self._manager.all_steps()))
+
+    @property
+    def latest_step(self) -> int | None:
+        """The last saved step, None if there is none."""
+        return max(self.steps, default=None)
+
+    @property
+    def best_step(self) -> int | None:
+        """The saved step with the lowest validation loss, None if none was validated."""
+        losses = {}
+        for step in self.steps:
+            metrics = self._manager.metrics(step) or {}
+            if _VALIDATION_LOSS in metrics:
+                losses[step] = metrics[_VALIDATION_LOSS]
+        return min(losses, key=losses.__getitem__, default=None)
+
+    def save(
+        self,
+        step: int,
+        executor: Executor,
+        state: TrainState,
+        *,
+        description: Mapping[str, Any],
+        validation_loss: float | None = None,
+    ) -> None:
+        """Copies the state and writes it in the background; returns when training may go on.
+
+        Raises:
+          ValueError: if this or an earlier checkpoint could not be written.
+        """
+        if step in self.steps:
+            return
+        arrays = _logical(executor, state)
+        described = {
+            "format": FORMAT,
+            "step": step,
+            "arrays": _contents(arrays),
+            **description,
+        }
+        items = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(described)
+        )
+        metrics = None if validation_loss is None else {_VALIDATION_LOSS: float(validation_loss)}
+        try:
+            self._manager.save(step, args=items, metrics=metrics, force=True)
+        except OSError as error:
+            raise _unwritable(self.directory, error) from error
+
+    def wait(self) -> None:
+        """Returns when everything saved so far is on disk.
+
+        Raises:
+          ValueError: if a checkpoint could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except OSError as error:
+            raise _unwritable(self.directory, error) from error
+
+    def close(self) -> None:
+        """Waits for what is being written and frees the threads."""
+        self._manager.close()
+
+    def describe(self, step: int) -> dict[str, Any]:
+        """Returns the description that was saved with a step.
+
+        Raises:
+          ValueError: if it is damaged or of a format that this version does not read.
+        """
+        items = ocp.args.Composite(description=ocp.args.JsonRestore())
+        try:
+            description = self._manager.restore(step, args=items).description
+        except Exception as error:  # orbax lets errors of json, tensorstore and the file system through
+            raise self._damaged(step, error) from error
+        if not isinstance(description, dict) or not isinstance(description.get("arrays"), dict):
+            raise self._damaged(step, ValueError("its description is incomplete"))
+        if description.get("format") != FORMAT:
+            raise ValueError(
+                f"checkpoint {self.directory / str(step)} has format {description.get('format')!r}, but this "
+                f"version reads format {FORMAT}; resume it with the version that wrote it, or choose another --out"
+            )
+        return description
+
+    def restore(self, step: int, executor: Executor) -> TrainState:
+        """Returns the state of a step on the executor's mesh, whatever mesh it was saved from.
+
+        Raises:
+          ValueError: if the checkpoint is damaged or belongs to another model.
+        """
+        description = self.describe(step)
+        abstract = _abstract_logical(executor)
+        self._check_shapes(step, description["arrays"], abstract)
+        items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
+        try:
+            arrays = self._manager.restore(step, args=items).arrays
+        except Exception as error:  # orbax lets errors of json, tensorstore and the file system through
+            raise self._damaged(step, error) from error
+        found = _contents(arrays)
+        wrong = [name for name, content in description["arrays"].items() if found[name] != content]
+        if wrong:
+            raise self._damaged(step, ValueError(f"the values of {wrong[0]} differ from those that were saved"))
+        return _from_logical(executor, arrays, step)
+
+    def restore_params(self, step: int, abstract: Any) -> tuple[Any, jax.Array]:
+        """Returns (logical parameters, router bias) of a step, for a program without optimizer.
+
+        Args:
+          step: which one.
+          abstract: (parameters, router bias) as ShapeDtypeStruct with shardings, in logical layout.
+        """
+        self.describe(step)
+        params, router_bias = abstract
+        wanted = {"params": params, "router_bias": router_bias}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        items = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                arrays = reader.restore(self.directory / str(step) / "arrays", args=items)
+        except Exception as error:  # orbax lets errors of json, tensorstore and the file system through
+            raise self._damaged(step, error) from error
+        return arrays["params"], arrays["router_bias"]
+
+    def _check_shapes(self, step: int, saved: dict[str, Any], abstract: dict[str, Any]) -> None:
+        """Compares what was saved with what the executor needs, before anything large is read."""
+        shapes = {name: tuple(content["shape"]) for name, content in saved.items()}
+        needed = {name: leaf.shape for name, leaf in _leaves(abstract).items()}
+        for name in sorted(shapes.keys() | needed.keys()):
+            if shapes.get(name) != needed.get(name):
+                raise ValueError(
+                    f"checkpoint {self.directory / str(step)} belongs to another model: {name} is "
+                    f"{_shape(shapes.get(name))} there and {_shape(needed.get(name))} here; choose another --out"
+                )
+
+    def _damaged(self, step: int, error: Exception) -> ValueError:
+        earlier = [other for other in self.steps if other < step]
+        advice = f"to resume from step {earlier[-1]}" if earlier else "to start anew"
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        return ValueError(
+            f"checkpoint {self.directory / str(step)} is damaged ({reason}); delete that directory {advice}"
+        )
+
+
+def _preservation(config: CheckpointConfig) -> policies.PreservationPolicy:
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: metrics[_VALIDATION_LOSS],
+        reverse=True,
+        n=config.keep_best,
+        keep_checkpoints_without_metrics=False,
+    )
+    return policies.AnyPreservationPolicy([policies.LatestN(config.keep), best])
+
+
+def _logical(executor: Executor, state: TrainState) -> dict[str, Any]:
+    """Returns what is saved. Every leaf is a buffer of its own: the next step donates those of the state."""
+    arrays = {
+        "params": executor.to_logical(state.params),
+        "first_moment": executor.to_logical(state.moments.first),
+        "second_moment": executor.to_logical(state.moments.second),
+    }
+    if state.router_bias.size:
+        arrays["router_bias"] = state.router_bias
+    return jax.tree.map(jnp.copy, arrays)
+
+
+def _from_logical(executor: Executor, arrays: dict[str, Any], step: int) -> TrainState:
+    shardings = state_shardings(executor)
+    return TrainState(
+        step=jax.device_put(np.int32(step), shardings.step),
+        params=executor.from_logical(arrays["params"]),
+        moments=Moments(
+            executor.from_logical(arrays["first_moment"]), executor.from_logical(arrays["second_moment"])
+        ),
+        router_bias=arrays.get("router_bias", jnp.zeros(router_bias_shape(executor.config), jnp.float32)),
+    )
+
+
+def _abstract_logical(executor: Executor) -> dict[str, Any]:
+    everywhere, shape = replicated(executor), router_bias_shape(executor.config)
+    logical = executor.abstract_logical
+
+    def moment(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+    arrays = {
+        "params": logical,
+        "first_moment": jax.tree.map(moment, logical),
+        "second_moment": jax.tree.map(moment, logical),
+    }
+    if all(shape):  # arrays without elements cannot be stored
+        arrays["router_bias"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=everywhere)
+    return arrays
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Returns "params/layers/moe/ffn/router" -> leaf."""
+    return {
+        "/".join(str(getattr(entry, "key", entry)) for entry in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@jax.jit
+def _sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Sum modulo 2^32 of bit pattern x odd number of the place: exact, and so the same for every sharding."""
+
+    def total(leaf: jax.Array) -> jax.Array:
+        unsigned = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize]
+        words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+        place, stride = jnp.uint32(0), 1
+        for dimension in reversed(range(words.ndim)):
+            place = place + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dimension) * np.uint32(stride % 2**32)
+            stride *= words.shape[dimension]
+        return (words * (2 * place + 1)).sum(dtype=jnp.uint32)
+
+    return {name: total(leaf) for name, leaf in leaves.items()}
+
+
+def _contents(arrays: Any) -> dict[str, dict[str, Any]]:
+    """Returns shape and checksum of every array by name."""
+    leaves = _leaves(arrays)
+    sums = jax.device_get(_sums(leaves))
+    return {name: {"shape": list(leaf.shape), "checksum": int(sums[name])} for name, leaf in leaves.items()}
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"[{', '.join(map(str, shape))}]"
+
+
+def _unwritable(directory: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"could not write a checkpoint to {directory}: {error.strerror or error}; free some space or choose "
+        "another --out"
+    )
