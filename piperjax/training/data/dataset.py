@@ -40,6 +40,7 @@ class Dataset:
 
     @property
     def seq_len(self) -> int:
+        """S, tokens per sequence."""
         return self.train.seq_len
 
     @property

@@ -1,6 +1,7 @@
 """This file is the loader: which sequences make up which step, read by each process for its own rows only."""
 
 import hashlib
+import math
 import operator
 import sys
 from collections.abc import Iterator, Sequence
@@ -101,7 +102,7 @@ class ValidationBatches:
         self._offsets = _offsets(batch_size, num_microbatches, rows)
 
     def __len__(self) -> int:
-        return -(-len(self._sequences) // self._batch_size)
+        return math.ceil(len(self._sequences) / self._batch_size)
 
     def __getitem__(self, index: int) -> Batch:
         """Returns this process's rows of a batch: the leaves of `LEAVES`, each [M, rows, S]."""

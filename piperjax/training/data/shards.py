@@ -53,10 +53,12 @@ class TokenStore:
 
     @property
     def num_documents(self) -> int:
+        """N, documents in the corpus."""
         return len(self.document_tokens)
 
     @property
     def num_tokens(self) -> int:
+        """Tokens in the corpus, one end-of-document token for each document included."""
         return sum(len(shard) for shard in self.shards)
 
     def tokens(self, offsets: np.ndarray) -> np.ndarray:
@@ -216,9 +218,12 @@ class _Writer:
         for text, ids in zip(texts, self._tokenizer.encode_batch(texts), strict=True):
             content = text.encode("utf-8")
             digest = hashlib.blake2b(content, digest_size=8).digest()
-            documents.append(np.append(ids, self._tokenizer.end_of_document).astype(self._dtype))
-            self._append(documents[-1])
-            self._document_tokens.append(len(documents[-1]))
+            tokens = np.empty(len(ids) + 1, self._dtype)
+            tokens[:-1] = ids
+            tokens[-1] = self._tokenizer.end_of_document
+            documents.append(tokens)
+            self._append(tokens)
+            self._document_tokens.append(len(tokens))
             self._document_bytes.append(len(content))
             self._document_hashes.append(int.from_bytes(digest, "little"))
         self._counts += np.bincount(np.concatenate(documents), minlength=len(self._counts))

@@ -52,7 +52,7 @@ def test_tokenizer_json_round_trip(tmp_path, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.end_of_document not in ids
-    assert all(0 <= id < tokenizer.vocab_size for id in ids)
+    assert all(0 <= token < tokenizer.vocab_size for token in ids)
     assert tokenizer.decode(np.append(ids, tokenizer.end_of_document)) == text
 
 
