@@ -228,7 +228,7 @@ class Executor:
             out_specs=(grad_specs, stats_specs),
             check_vma=True,
         )(params, router_bias, {name: batch[name] for name in BATCH_FIELDS}, table, columns)
-        load = load.reshape(-1, load.shape[-1])[self._moe_places]
+        load = load.reshape(self.layout.layer.size, self.config.num_experts)[self._moe_places]
         return grads, StepStats(loss, aux / batch["tokens"].shape[0], num_tokens, load, dropped)
 
     @cached_property
