@@ -1,14 +1,13 @@
 # Every target makes the virtual environment it needs, and installs again only when the requirements changed.
 
-# The Python that .venv is made with: the one already in .venv, or the first that is new enough.
-CANDIDATES := .venv/bin/python python3.11 python3.12 python3.13 python3.14 python3
+# The Python that .venv is made with: PYTHON if given, else what .venv has already, else the first that is new enough.
+CANDIDATES := $(or $(PYTHON),.venv/bin/python python3.11 python3.12 python3.13 python3.14 python3)
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
-ifndef PYTHON
-PYTHON := $(shell for python in $(CANDIDATES); do $$python $(NEW_ENOUGH) && echo $$python && break; done)
-endif
-NO_PYTHON := PiperJAX needs Python 3.11 or newer and none of python3.11, python3.12, ..., python3 is; install one, or name it: make train PYTHON=/path/to/python
+FOUND := $(shell for python in $(CANDIDATES); do "$$python" $(NEW_ENOUGH) && echo "$$python" && break; done)
+NONE := PiperJAX needs Python 3.11 or newer, and none was found ($(CANDIDATES)); install one, or name it: \
+	make train PYTHON=/path/to/python3.12
 
-INSTALL = @$(if $(PYTHON),$(PYTHON) launch/install.py,echo "$(NO_PYTHON)" >&2; exit 2;)
+INSTALL = @$(if $(FOUND),"$(FOUND)" launch/install.py,echo "$(NONE)" >&2; exit 2;)
 RUN = .venv/bin/python
 
 .PHONY: help train test test-all lint format clean

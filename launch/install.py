@@ -2,152 +2,138 @@
 
     python3.11 launch/install.py [extra ...]
 
-Runs on whatever Python a machine has, so it is written in what every Python 3 understands and needs no package.
+It runs outside .venv, so it needs nothing but Python 3.11 or newer.
 """
 
 import hashlib
+import importlib
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
 LOG = VENV / "install.log"
 RECORD = VENV / "installed.json"
 REQUIREMENTS = ("pyproject.toml", "constraints.txt")
-OLDEST = (3, 11)
+EXTRAS = ("cpu", "cuda", "rocm", "dev")
+LARGE_MEGABYTES = 10
 
 
-def main(extras):
+def main(extras: list[str]) -> int:
     """Brings .venv up to date with the project and `extras`; returns the exit code."""
-    known = ("cpu", "cuda", "rocm", "dev")
     for extra in extras:
-        if extra not in known:
-            return complain("there is no extra '%s'; choose from %s" % (extra, ", ".join(known)))
-    problem = python_problem(sys.version_info, sys.executable)
-    if problem:
-        return complain(problem)
-    record = read_record()
-    wanted = sorted(set(extras) | set(record.get("extras", [])))
-    state = {"python": list(sys.version_info[:2]), "requirements": digest(), "extras": wanted}
-    if record == state and venv_python().exists():
-        return 0
+        if extra not in EXTRAS:
+            return _complain(f"there is no extra '{extra}'; choose from {', '.join(EXTRAS)}")
+    found = _installed()
+    python = list(sys.version_info[:2])
+    content = b"".join((ROOT / name).read_bytes() for name in REQUIREMENTS)
+    wanted = {
+        "python": python,
+        "requirements": hashlib.sha256(content).hexdigest(),
+        "extras": sorted(set(extras)),
+    }
     code = 0
-    if record.get("python") != state["python"] or not venv_python().exists():
-        state["extras"] = sorted(set(extras))
-        code = create_venv()
-    code = code or install(state["extras"])
-    if code == 0:
-        RECORD.write_text(json.dumps(state))
+    if found.get("python") == python:
+        wanted["extras"] = sorted({*extras, *found["extras"]})
+    else:
+        code = _create_venv()
+    if found != wanted:
+        code = code or _install(wanted["extras"])
+        if code == 0:
+            RECORD.write_text(json.dumps(wanted))
     return code
 
 
-def complain(sentence):
-    """Prints what is wrong; returns the exit code."""
+def _complain(sentence: str) -> int:
     print(sentence, file=sys.stderr)
     return 2
 
 
-def python_problem(version, executable):
-    """Returns why this Python cannot be used, or an empty string."""
-    if tuple(version[:2]) < OLDEST:
-        return "PiperJAX needs Python %d.%d or newer, but %s is %d.%d; install a newer one and name it: %s" % (
-            OLDEST + (executable,) + tuple(version[:2]) + ("make train PYTHON=python3.12",)
-        )
+def _installed() -> dict[str, Any]:
+    """Returns what was last installed in .venv, or an empty dict if nothing usable is there."""
     try:
-        import ensurepip  # noqa: F401
-        import venv  # noqa: F401
-    except ImportError:
-        return (
-            "%s cannot create virtual environments, because its modules venv and ensurepip are missing; install them "
-            "(Debian and Ubuntu: apt install python3-venv) or name another Python: make train PYTHON=python3.12"
-        ) % executable
-    return ""
-
-
-def read_record():
-    """Returns what was installed last, or an empty dict."""
-    try:
-        return json.loads(RECORD.read_text())
+        return json.loads(RECORD.read_text()) if PYTHON.exists() else {}
     except (OSError, ValueError):
         return {}
 
 
-def digest():
-    """Returns a fingerprint of the files that say what to install."""
-    content = b"".join((ROOT / name).read_bytes() for name in REQUIREMENTS)
-    return hashlib.sha256(content).hexdigest()
-
-
-def venv_python():
-    """Returns the path of the Python inside .venv."""
-    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
-def create_venv():
-    """Makes an empty .venv in place of what was there; returns the exit code."""
-    print("Creating .venv with Python %d.%d ..." % sys.version_info[:2], flush=True)
-    command = [sys.executable, "-m", "venv", "--clear", str(VENV)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+def _create_venv() -> int:
+    # When this runs on the Python of a half-made .venv, that is about to be removed: use the one it came from.
+    python = getattr(sys, "_base_executable", sys.executable)
+    try:
+        importlib.import_module("ensurepip")
+    except ImportError:
+        return _complain(
+            f"{python} cannot create virtual environments, because its module ensurepip is missing; install it "
+            "(Debian and Ubuntu: apt install python3-venv) or name another Python: make train PYTHON=python3.12"
+        )
+    print("Creating .venv with Python {}.{} ...".format(*sys.version_info), flush=True)
+    command = [python, "-m", "venv", "--clear", str(VENV)]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        return complain("cannot create %s: %s" % (VENV, " ".join(done.stdout.split())))
+        return _complain(f"cannot create {VENV}: {' '.join(done.stdout.split())}")
     return 0
 
 
-def install(extras):
-    """Installs the project, its dependencies and `extras` with pip; returns the exit code."""
-    target = "%s[%s]" % (ROOT, ",".join(extras)) if extras else str(ROOT)
-    print("Installing JAX and what else PiperJAX needs (a few minutes, once; log in %s) ..." % LOG.relative_to(ROOT))
-    sys.stdout.flush()
-    command = [str(venv_python()), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
-    command += ["-c", str(ROOT / "constraints.txt"), "-e", target]
-    with open(str(LOG), "w") as log:
-        pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
-        errors = show_progress(pip.stdout, log)
+def _install(extras: list[str]) -> int:
+    log_name = LOG.relative_to(ROOT)
+    print(f"Installing JAX and what else PiperJAX needs (minutes, once; log in {log_name}) ...", flush=True)
+    command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+    project = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
+    command += ["--constraint", str(ROOT / "constraints.txt"), "--editable", project]
+    with LOG.open("w") as log:
+        pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        errors = _show_progress(pip.stdout, log, terminal=sys.stdout.isatty())
         code = pip.wait()
     if code:
-        return complain("pip could not install PiperJAX: %s; all of its output is in %s" % (errors, LOG))
-    print("Installed.", flush=True)
+        return _complain(f"pip could not install PiperJAX: {errors}; all of its output is in {log_name}")
     return 0
 
 
-def show_progress(lines, log):
-    """Copies pip's output to the log and one changing line to a terminal; returns pip's errors as one text.
+def _show_progress(lines: Iterable[str], log: TextIO, *, terminal: bool) -> str:
+    """Copies pip's output to the log and its news to one changing line, or without a terminal the large downloads.
 
-    Without a terminal only the packages of 10 MB and more are named.
+    Returns:
+      pip's errors as one text.
     """
-    terminal = sys.stdout.isatty()
-    errors = []
-    count = 0
+    errors, count = [], 0
     for line in lines:
         log.write(line)
-        words = line.split()
         if line.startswith("ERROR:"):
-            errors.append(line[len("ERROR:") :].strip())
-        elif words[:1] in (["Collecting"], ["Downloading"], ["Using"]) or line.startswith("Installing collected"):
-            count += words[0] == "Collecting"
-            text = describe(words, count)
-            if terminal:
-                sys.stdout.write("\r  " + text[:76].ljust(76))
-            elif "MB" in text and float(text.split("(")[1].split()[0]) >= 10:
-                print("  " + text)
-            sys.stdout.flush()
+            errors.append(line.removeprefix("ERROR:").strip())
+        count += line.startswith("Collecting")
+        news, megabytes = _news(line.split(), count)
+        if news and terminal:
+            print(f"\r  {news[:76]:76}", end="", flush=True)
+        elif megabytes >= LARGE_MEGABYTES:
+            print(f"  {news}", flush=True)
     if terminal:
-        sys.stdout.write("\r" + " " * 78 + "\r")
+        print("\r" + " " * 78, end="\r")
     return " ".join(errors[:2]) or "it gave no reason"
 
 
-def describe(words, count):
-    """Returns what a line of pip's output means to someone who waits."""
-    if words[0] == "Installing":
-        return "unpacking %d packages" % (len(words) - 3)
-    if words[0] == "Collecting":
-        return "package %d: %s" % (count, words[1])
-    name = words[1].rsplit("/", 1)[-1] if words[0] == "Downloading" else words[-3].rsplit("/", 1)[-1]
-    return "package %d: %s %s" % (count, name.split("-")[0], " ".join(words[-2:]))
+def _news(words: list[str], count: int) -> tuple[str, float]:
+    """Returns what a line of pip's output tells someone who waits, if anything, and the size of a download in MB."""
+    match words:
+        case ["Collecting", requirement, *_]:
+            return f"package {count}: {requirement}", 0
+        case ["Downloading", file, size, unit]:
+            name = file.rsplit("/", 1)[-1].split("-")[0]
+            megabytes = float(size.lstrip("(")) if unit == "MB)" else 0
+            return f"package {count}: {name} {size} {unit}", megabytes
+        case ["Installing", "collected", "packages:", *packages]:
+            return f"unpacking {len(packages)} packages", 0
+        case _:
+            return "", 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit("stopped; run the same command again to go on")

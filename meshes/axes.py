@@ -43,7 +43,9 @@ def resolve_axes(
     sizes = {"pipe": pipe, "expert": expert, "data": data}
     for name, size in sizes.items():
         if size is not None and (type(size) is not int or size < 1) and size != FILL:
-            raise ValueError(f"{name} must be a positive number of devices, or -1 to take those left over, got {size!r}")
+            raise ValueError(
+                f"{name} must be a positive number of devices, or -1 to take those left over, got {size!r}"
+            )
     filled = [name for name, size in sizes.items() if size == FILL]
     if len(filled) > 1:
         raise ValueError(f"only one axis can take the devices left over, got -1 for {' and '.join(filled)}")

@@ -1,4 +1,4 @@
-"""This file is the machine description: devices, the levels of the network that join them, and what is known of each."""
+"""This file is the machine description: the devices, the levels of the network that join them, and how fast they are."""
 
 import tomllib
 from collections.abc import Mapping
@@ -178,7 +178,12 @@ _KINDS = {
 
 
 def detect_platform(
-    backend: str, device_kind: str, *, num_devices: int, devices_per_process: int, memory_bytes: int | None = None
+    backend: str,
+    device_kind: str,
+    *,
+    num_devices: int,
+    devices_per_process: int,
+    memory_bytes: int | None = None,
 ) -> Platform:
     """Recognises the machine by what JAX says of its devices.
 
@@ -256,7 +261,9 @@ def _check_count(name: str, value: Any) -> None:
 
 def _check_rate(name: str, value: Any) -> None:
     if type(value) not in (int, float) or not isfinite(value) or value <= 0:
-        raise ValueError(f"{name} must be a positive number in base units (bytes, seconds, FLOP), got {value!r}")
+        raise ValueError(
+            f"{name} must be a positive number in base units (bytes, seconds, FLOP), got {value!r}"
+        )
 
 
 def _check_text(name: str, value: Any) -> None:
@@ -266,4 +273,6 @@ def _check_text(name: str, value: Any) -> None:
 
 def _check_provenance(where: str, value: Any) -> None:
     if value not in get_args(Provenance):
-        raise ValueError(f"{where} provenance must be one of {', '.join(get_args(Provenance))}, got {value!r}")
+        raise ValueError(
+            f"{where} provenance must be one of {', '.join(get_args(Provenance))}, got {value!r}"
+        )
