@@ -1,0 +1,1 @@
+"""Measurements behind the claims: one command each, listed in README.md."""

@@ -4,18 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from piperjax.runtime.dispatch import make_experts
+from piperjax.runtime.grouped_matmul import grouped_matmul
 
 from meshes.mesh import build_mesh
 from models import transformer
 from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
 from models.layers import LayerContext
 from piperjax.planner.plan import Plan
-from piperjax.runtime.dispatch import make_experts
 from piperjax.runtime.executor import Executor
-from piperjax.runtime.grouped_matmul import grouped_matmul
 
 
-def moe_model(*, num_layers=4, d_model=64, d_ff=64, num_experts=8, experts_per_token=2, vocab_size=256) -> ModelConfig:
+def moe_model(
+    *, num_layers=4, d_model=64, d_ff=64, num_experts=8, experts_per_token=2, vocab_size=256
+) -> ModelConfig:
     """A model whose layers are all alike."""
     attention = GroupedQueryAttention(num_heads=4, num_kv_heads=4, head_dim=d_model // 4)
     ffn = MoEFFN(num_experts=num_experts, experts_per_token=experts_per_token, d_ff=d_ff)
@@ -31,7 +33,15 @@ def dense_model(*, num_layers=4, d_model=64, d_ff=256, vocab_size=256) -> ModelC
 
 
 def make_executor(
-    config: ModelConfig, *, pipe=1, data=1, expert=1, num_microbatches=8, microbatch_size=1, seq_len=64, **options
+    config: ModelConfig,
+    *,
+    pipe=1,
+    data=1,
+    expert=1,
+    num_microbatches=8,
+    microbatch_size=1,
+    seq_len=64,
+    **options,
 ) -> Executor:
     """An executor on the first devices, stages of equal length where possible."""
     quotient, rest = divmod(config.num_layers, pipe)
@@ -74,7 +84,9 @@ def router_bias(config: ModelConfig) -> np.ndarray:
 def abstract_batch(executor: Executor) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch, for compiling without running."""
     batch = random_batch(executor.config, executor.plan)
-    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=executor.batch_sharding) for k, v in batch.items()}
+    return {
+        k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=executor.batch_sharding) for k, v in batch.items()
+    }
 
 
 def compiled_step(executor: Executor) -> jax.stages.Compiled:
@@ -137,4 +149,3 @@ def plain_step(config: ModelConfig, *, remat: bool):
         return grads, loss
 
     return step
-

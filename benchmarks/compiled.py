@@ -1,6 +1,6 @@
 """Bar 2: compiled temporary memory against the number of microbatches, compile time against microbatches and layers.
 
-    python -m benchmarks.compiled
+python -m benchmarks.compiled
 """
 
 import argparse
@@ -17,7 +17,11 @@ from meshes.mesh import simulate_devices
 def temp_bytes(schedule: str, num_microbatches: int) -> int:
     """Compiled temporary bytes per device at pipe = 4."""
     executor = make_executor(
-        moe_model(num_layers=8), pipe=4, schedule=schedule, num_microbatches=num_microbatches, microbatch_size=2
+        moe_model(num_layers=8),
+        pipe=4,
+        schedule=schedule,
+        num_microbatches=num_microbatches,
+        microbatch_size=2,
     )
     return compiled_step(executor).memory_analysis().temp_size_in_bytes
 
@@ -33,16 +37,23 @@ def compile_seconds(num_layers: int, num_microbatches: int) -> float:
 
 
 def main() -> int:
+    """Prints the table and says whether the bar is met."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
     simulate_devices(4)
-    print(f"{'schedule':14s}" + "".join(f"{'M=' + str(m):>12s}" for m in (8, 16, 32)) + f"{'M=32 / M=8':>12s}")
+    print(
+        f"{'schedule':14s}" + "".join(f"{'M=' + str(m):>12s}" for m in (8, 16, 32)) + f"{'M=32 / M=8':>12s}"
+    )
     growth = {}
     for schedule in ("one_f_one_b", "gpipe"):
         sizes = [temp_bytes(schedule, m) for m in (8, 16, 32)]
         growth[schedule] = sizes[-1] / sizes[0]
-        print(f"{schedule:14s}" + "".join(f"{size / 2**20:9.3f}MiB" for size in sizes) + f"{growth[schedule]:12.4f}")
+        print(
+            f"{schedule:14s}"
+            + "".join(f"{size / 2**20:9.3f}MiB" for size in sizes)
+            + f"{growth[schedule]:12.4f}"
+        )
     compile_seconds(2, 8)  # Warms the libraries.
     cases = {"M=8": (4, 8), "M=512": (4, 512), "L=2": (2, 8), "L=32": (32, 8)}
     seconds = {name: [] for name in cases}

@@ -37,12 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_show_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("schedule", help="gpipe, one_f_one_b (or 1f1b), or a text file with one line per pipe rank")
+    parser.add_argument(
+        "schedule", help="gpipe, one_f_one_b (or 1f1b), or a text file with one line per pipe rank"
+    )
     parser.add_argument("--pipe", type=int, default=4, help="pipe ranks (default 4)")
     parser.add_argument("--microbatches", type=int, default=8, help="microbatches per step (default 8)")
     parser.add_argument("--forward", type=float, default=1.0, help="seconds of a forward (default 1)")
     parser.add_argument("--backward", type=float, default=2.0, help="seconds of a backward (default 2)")
-    parser.add_argument("--transfer", type=float, default=0.0, help="seconds of a transfer between ranks (default 0)")
+    parser.add_argument(
+        "--transfer", type=float, default=0.0, help="seconds of a transfer between ranks (default 0)"
+    )
     parser.add_argument("--svg", metavar="FILE", help="also write the executed timeline as an SVG picture")
     parser.set_defaults(run=_show)
 
@@ -59,7 +63,9 @@ def _show(args: argparse.Namespace) -> int:
     schedule = _named_or_read(args.schedule, args.pipe, args.microbatches)
     costs = ActionCosts(forward=args.forward, backward=args.backward, transfer=args.transfer)
     if args.forward <= 0 or args.backward <= 0:
-        raise ValueError(f"forward and backward seconds must be positive, got {args.forward} and {args.backward}")
+        raise ValueError(
+            f"forward and backward seconds must be positive, got {args.forward} and {args.backward}"
+        )
     table = pack(schedule)
     executed = lockstep(table, costs)
     print(_report(schedule, table, simulate(schedule, costs), executed))
@@ -68,7 +74,9 @@ def _show(args: argparse.Namespace) -> int:
         try:
             Path(args.svg).write_text(svg_gantt(executed, title=title))
         except OSError as error:
-            raise ValueError(f"cannot write {args.svg}: {error.strerror}; give a file in an existing folder") from None
+            raise ValueError(
+                f"cannot write {args.svg}: {error.strerror}; give a file in an existing folder"
+            ) from None
         print(f"\nwrote {args.svg}")
     return 0
 
@@ -79,16 +87,18 @@ def _named_or_read(name: str, num_ranks: int, num_microbatches: int) -> Schedule
         try:
             return parse(path.read_text(), name=path.stem)
         except UnicodeDecodeError:
-            raise ValueError(f"{name} is not text; a schedule file has one line of actions per pipe rank") from None
+            raise ValueError(
+                f"{name} is not text; a schedule file has one line of actions per pipe rank"
+            ) from None
     return classic.build(name, num_ranks, num_microbatches)
 
 
 def _report(schedule: Schedule, table: TickTable, asynchronous: Timeline, executed: Timeline) -> str:
-    ideal = max(executed.busy_seconds)
+    busy = max(executed.busy_seconds)
+    title = f"{schedule.name}: {schedule.num_stages} stages on {schedule.num_ranks} pipe ranks"
     return "\n".join(
         [
-            f"{schedule.name}: {schedule.num_stages} stages on {schedule.num_ranks} pipe ranks, "
-            f"{schedule.num_microbatches} microbatches",
+            f"{title}, {schedule.num_microbatches} microbatches",
             "",
             "order of actions (stage, F forward or B backward, microbatch)",
             str(schedule),
@@ -97,8 +107,8 @@ def _report(schedule: Schedule, table: TickTable, asynchronous: Timeline, execut
             text_gantt(executed),
             "",
             f"{'':14s}{'step':>8s}{'busy':>8s}{'bubble':>9s}  in flight by rank",
-            _row("asynchronous", asynchronous, ideal, asynchronous.peak_in_flight()),
-            _row("as executed", executed, ideal, table.peak_in_flight()),
+            _row("asynchronous", asynchronous, busy, asynchronous.peak_in_flight()),
+            _row("as executed", executed, busy, table.peak_in_flight()),
         ]
     )
 

@@ -3,9 +3,10 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from models.cost import layer_flop, total_parameters
+
 from meshes.platform import Platform
 from models.config import ModelConfig
-from models.cost import layer_flop, total_parameters
 from piperjax.planner.partition import partition_layers
 from piperjax.schedules import classic
 from piperjax.schedules.schedule import Schedule
@@ -52,7 +53,9 @@ class Plan:
         if group * node * local != self.expert:
             raise ValueError(f"expert_factors {self.expert_factors} must multiply to expert = {self.expert}")
         if min(self.layers_per_stage) < 1:
-            raise ValueError(f"every stage needs at least one layer, got layers_per_stage = {self.layers_per_stage}")
+            raise ValueError(
+                f"every stage needs at least one layer, got layers_per_stage = {self.layers_per_stage}"
+            )
         if self.memory_mode not in ("layer", "stage"):
             raise ValueError(f"memory_mode must be 'layer' or 'stage', got {self.memory_mode!r}")
         if self.capacity_factor < 0:
@@ -197,11 +200,15 @@ def _check_expert(model: ModelConfig, expert: int):
 
 def _default_expert(model: ModelConfig, platform: Platform, num_devices: int, *, taken: int) -> int:
     room = num_devices // taken
-    fits = [d for d in _divisors(max(1, room)) if d <= platform.devices_per_node and model.num_experts % d == 0]
+    fits = [
+        d for d in _divisors(max(1, room)) if d <= platform.devices_per_node and model.num_experts % d == 0
+    ]
     return max(fits) if model.num_experts else 1
 
 
-def _default_pipe(model: ModelConfig, platform: Platform, remaining: int, *, data: int | None, expert: int) -> int:
+def _default_pipe(
+    model: ModelConfig, platform: Platform, remaining: int, *, data: int | None, expert: int
+) -> int:
     if data is not None:
         return max(1, remaining // data)
     memory_bytes = platform.device.memory_bytes

@@ -110,7 +110,9 @@ class Executor:
         sizes |= dict(zip(EXPERT, self.plan.expert_factors, strict=True))
         found = {axis: self.mesh.shape.get(axis) for axis in AXES}
         if found != {axis: sizes[axis] for axis in AXES}:
-            raise ValueError(f"the mesh must have the plan's axes {sizes}, but it has {dict(self.mesh.shape)}")
+            raise ValueError(
+                f"the mesh must have the plan's axes {sizes}, but it has {dict(self.mesh.shape)}"
+            )
         experts = self.config.num_experts
         if experts % self.plan.expert:
             raise ValueError(
@@ -338,7 +340,9 @@ class _Step:
             inputs = lax.dynamic_update_index_in_dim(inputs, arrived, rank["input_arrival"][channel], 0)
         for channel, shift in enumerate(self.lowered.backward_channels):
             arrived = _shifted(carry.g, shift, self.plan.pipe)
-            gradients = lax.dynamic_update_index_in_dim(gradients, arrived, rank["gradient_arrival"][channel], 0)
+            gradients = lax.dynamic_update_index_in_dim(
+                gradients, arrived, rank["gradient_arrival"][channel], 0
+            )
         return carry._replace(inputs=inputs, gradients=gradients)
 
     def _embedding(self, carry: _Carry, tick: dict) -> jax.Array:
@@ -401,7 +405,9 @@ class _Step:
             grads = dict(carry.grads)
             grads[head_name] = grads[head_name] + result.head.astype(grads[head_name].dtype)
             grads["final_norm"] = grads["final_norm"] + result.final_norm.astype(grads["final_norm"].dtype)
-            gradients = lax.dynamic_update_index_in_dim(carry.gradients, result.hidden, rank["head_gradient"], 0)
+            gradients = lax.dynamic_update_index_in_dim(
+                carry.gradients, result.hidden, rank["head_gradient"], 0
+            )
             return carry._replace(grads=grads, gradients=gradients)
 
         return lax.cond(tick["head_on"] == 1, run, lambda carry: carry, carry)
@@ -418,9 +424,9 @@ class _Step:
                 rank["backward_chunk"],
                 read,
                 carry.gradients[rank["backward_gradient"]],
-                self._context_of(rank["backward_microbatch"]),
-                self.aux_scale,
-                carry.grads["layers"],
+                context_of=self._context_of(rank["backward_microbatch"]),
+                scale=self.aux_scale,
+                grads=carry.grads["layers"],
             )
             return carry._replace(g=g, grads={**carry.grads, "layers": layers})
 

@@ -132,7 +132,11 @@ def leaf_sharding(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> 
     fits = [d for d in range(first_free, len(shape)) if shape[d] % size == 0]
     if size == 1 or not fits:
         return LeafSharding(
-            spec=P(*entries), gather_axes=(), gather_dimension=0, reduce_axes=copies, expert_dimension=expert_dimension
+            spec=P(*entries),
+            gather_axes=(),
+            gather_dimension=0,
+            reduce_axes=copies,
+            expert_dimension=expert_dimension,
         )
     dimension = max(fits, key=lambda d: (shape[d], d))
     entries[dimension] = copies
@@ -214,7 +218,9 @@ def shardings(tree: dict, mesh: Mesh) -> dict:
 def named_shardings(leaf_shardings: dict, mesh: Mesh) -> dict:
     """`NamedSharding` at rest of every leaf."""
     return jax.tree.map(
-        lambda leaf: NamedSharding(mesh, leaf.spec), leaf_shardings, is_leaf=lambda x: isinstance(x, LeafSharding)
+        lambda leaf: NamedSharding(mesh, leaf.spec),
+        leaf_shardings,
+        is_leaf=lambda x: isinstance(x, LeafSharding),
     )
 
 

@@ -54,7 +54,8 @@ def check_no_deadlock(jaxpr: ClosedJaxpr) -> Counter:
     bad = [c for c in found if c.may_deadlock]
     if bad:
         listed = "; ".join(
-            f"{c.name} over {sorted(c.axes)} under a predicate that varies over {sorted(c.divergent_axes)}" for c in bad
+            f"{c.name} over {sorted(c.axes)} under a predicate that varies over {sorted(c.divergent_axes)}"
+            for c in bad
         )
         raise ValueError(f"these collectives may wait for devices in another branch: {listed}")
     return Counter((c.name, tuple(sorted(c.axes))) for c in found)

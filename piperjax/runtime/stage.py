@@ -60,7 +60,9 @@ class Stage:
         """Layer inputs kept per microbatch and stage."""
         return self.layout.positions if self.memory_mode == "layer" else 1
 
-    def forward(self, params: dict, table: LayerTable, chunk: jax.Array, x: jax.Array, context_of, totals, keep):
+    def forward(
+        self, params: dict, table: LayerTable, chunk: jax.Array, x: jax.Array, context_of, totals, keep
+    ):
         """Per device: applies the stage to `x` [B, S, D].
 
         Args:
@@ -85,7 +87,10 @@ class Stage:
                 stash = write(stash, position, x)
             x, aux, load, dropped = self._switch(
                 table.kind[chunk, position],
-                [self._forward_branch(kind, params, table, (chunk, position), context_of) for kind in self.layout.kinds],
+                [
+                    self._forward_branch(kind, params, table, (chunk, position), context_of)
+                    for kind in self.layout.kinds
+                ],
                 lambda x: (x, *self._no_statistics(totals)),
                 x,
             )
@@ -97,7 +102,9 @@ class Stage:
         (x, totals, stash), _ = lax.scan(body, (x, totals, stash), self._positions())
         return x, totals, stash
 
-    def backward(self, params: dict, table: LayerTable, chunk, read, gradient, context_of, scale, grads: dict):
+    def backward(
+        self, params: dict, table: LayerTable, chunk, read, gradient, *, context_of, scale, grads: dict
+    ):
         """Per device: input gradient of the stage; weight gradients are added to `grads` in place.
 
         Args:
@@ -173,7 +180,9 @@ class Stage:
             weight_grads, x_grad = vjp((gradient, scale.astype(aux.dtype)))
             chunk, position = place
             at = (chunk, table.index[chunk, position])
-            added = jax.tree.map(lambda total, g: total.at[at].add(g.astype(total.dtype)), grads[kind], weight_grads)
+            added = jax.tree.map(
+                lambda total, g: total.at[at].add(g.astype(total.dtype)), grads[kind], weight_grads
+            )
             return x_grad, {**grads, kind: added}
 
         return run

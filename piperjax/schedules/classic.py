@@ -13,7 +13,8 @@ def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
     """
     microbatches = range(num_microbatches)
     ranks = tuple(
-        tuple(Action("F", stage, m) for m in microbatches) + tuple(Action("B", stage, m) for m in microbatches)
+        tuple(Action("F", stage, m) for m in microbatches)
+        + tuple(Action("B", stage, m) for m in microbatches)
         for stage in range(num_stages)
     )
     return _one_stage_per_rank("gpipe", num_microbatches, ranks)

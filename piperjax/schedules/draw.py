@@ -16,7 +16,11 @@ def text_gantt(timeline: Timeline, *, width: int = 110) -> str:
     total = timeline.step_seconds
     digits = max(2, len(str(timeline.schedule.num_microbatches - 1)) + 1)
     shortest = min(
-        (end - timeline.start_seconds[a] for a, end in timeline.end_seconds.items() if end > timeline.start_seconds[a]),
+        (
+            end - timeline.start_seconds[a]
+            for a, end in timeline.end_seconds.items()
+            if end > timeline.start_seconds[a]
+        ),
         default=total,
     )
     columns = min(max(width, 20), max(1, round(total / shortest * digits)))
@@ -49,7 +53,9 @@ def svg_gantt(timeline: Timeline, *, title: str = "", width: int = 1100) -> str:
         y = top + rank * (ROW_HEIGHT + ROW_GAP)
         parts.append(f'<text x="{MARGIN}" y="{y + 18}" font-size="13">rank {rank}</text>')
         left = MARGIN + LABEL_WIDTH
-        parts.append(f'<rect x="{left}" y="{y}" width="{total * scale:.2f}" height="{ROW_HEIGHT}" fill="{GREY}"/>')
+        parts.append(
+            f'<rect x="{left}" y="{y}" width="{total * scale:.2f}" height="{ROW_HEIGHT}" fill="{GREY}"/>'
+        )
         parts += [_box(timeline, action, left, y, scale) for action in actions]
     foot = height - FOOT + 20
     parts.append(

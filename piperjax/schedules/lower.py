@@ -130,7 +130,9 @@ class _Lowering:
             )
         size = (len(table.ticks), self.schedule.num_ranks)
         shifts = [
-            _shift(self.schedule.rank_of_stage[s], self.schedule.rank_of_stage[s + 1], self.schedule.num_ranks)
+            _shift(
+                self.schedule.rank_of_stage[s], self.schedule.rank_of_stage[s + 1], self.schedule.num_ranks
+            )
             for s in range(self.schedule.num_stages - 1)
         ]
         self.forward_channels = tuple(sorted(set(shifts), reverse=True))

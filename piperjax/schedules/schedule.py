@@ -32,9 +32,7 @@ class Action(NamedTuple):
         """Reads `2F0`; the inverse of `str`."""
         match = _ACTION.fullmatch(text.strip())
         if match is None:
-            raise ValueError(
-                f"an action is <stage><F|B|I|W><microbatch> such as 2F0, got {text.strip()!r}"
-            )
+            raise ValueError(f"an action is <stage><F|B|I|W><microbatch> such as 2F0, got {text.strip()!r}")
         return cls(match[2], int(match[1]), int(match[3]))
 
 
@@ -115,7 +113,8 @@ class Schedule:
     def __str__(self) -> str:
         width = len(str(self.num_ranks - 1))
         return "\n".join(
-            f"rank {rank:{width}d} | " + " ".join(map(str, actions)) for rank, actions in enumerate(self.ranks)
+            f"rank {rank:{width}d} | " + " ".join(map(str, actions))
+            for rank, actions in enumerate(self.ranks)
         )
 
     def _check_placement(self):
@@ -211,7 +210,9 @@ def parse(text: str, *, name: str = "custom") -> Schedule:
         if body:
             rows.append(tuple(Action.parse(token) for token in body))
     if not rows:
-        raise ValueError(f"schedule {name!r}: no actions found; write one line per pipe rank such as '0F0 0B0'")
+        raise ValueError(
+            f"schedule {name!r}: no actions found; write one line per pipe rank such as '0F0 0B0'"
+        )
     return from_rows(rows, name=name)
 
 

@@ -50,7 +50,8 @@ class TickTable:
         cells = [["+".join(map(str, actions)) or "." for actions in row] for row in self.ticks]
         widths = [max(map(len, row)) for row in cells]
         return "\n".join(
-            f"rank {rank} | " + " ".join(row[rank].ljust(width) for row, width in zip(cells, widths, strict=True))
+            f"rank {rank} | "
+            + " ".join(row[rank].ljust(width) for row, width in zip(cells, widths, strict=True))
             for rank in range(schedule.num_ranks)
         )
 
@@ -64,7 +65,8 @@ def pack(schedule: Schedule) -> TickTable:
     """
     done: dict[Action, int] = {}
     forwards, backwards, weights = (
-        [deque(a for a in actions if a.kind in kinds) for actions in schedule.ranks] for kinds in ("F", "BI", "W")
+        [deque(a for a in actions if a.kind in kinds) for actions in schedule.ranks]
+        for kinds in ("F", "BI", "W")
     )
     forwards_before = _forwards_before(schedule)
     forwards_done = [0] * schedule.num_ranks

@@ -65,7 +65,8 @@ class Timeline:
     def busy_seconds(self) -> tuple[float, ...]:
         """Per rank: seconds spent in actions."""
         return tuple(
-            sum(self.end_seconds[a] - self.start_seconds[a] for a in actions) for actions in self.schedule.ranks
+            sum(self.end_seconds[a] - self.start_seconds[a] for a in actions)
+            for actions in self.schedule.ranks
         )
 
     @property

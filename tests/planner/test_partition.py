@@ -1,6 +1,6 @@
 """Partition: exact, on drawn cases and against brute force."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -31,9 +31,11 @@ def test_never_worse_than_brute_force():
 
 def worst(costs, cuts):
     edges = [0, *cuts, len(costs)]
-    return max(sum(costs[a:b]) for a, b in zip(edges, edges[1:], strict=False))
+    return max(sum(costs[a:b]) for a, b in pairwise(edges))
 
 
 def test_fewer_layers_than_stages_is_one_sentence():
-    with pytest.raises(ValueError, match="a pipeline of 4 stages needs at least 4 layers, got 2; use --pipe 2 or"):
+    with pytest.raises(
+        ValueError, match="a pipeline of 4 stages needs at least 4 layers, got 2; use --pipe 2 or"
+    ):
         partition_layers((1.0, 1.0), 4)

@@ -1,6 +1,6 @@
 """Drawings: what a person would draw, and SVG that is well formed and to scale."""
 
-import xml.etree.ElementTree as ElementTree
+from xml.etree import ElementTree
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_text_gantt_drawn_out():
 def test_svg_boxes_are_to_scale_and_grey_is_the_bubble():
     timeline = lockstep(pack(gpipe(3, 4)), ActionCosts(forward=1.0, backward=2.0))
     root = ElementTree.fromstring(svg_gantt(timeline, title="a < b & c"))
-    boxes = [e for e in root.iter("{http://www.w3.org/2000/svg}rect")]
+    boxes = list(root.iter("{http://www.w3.org/2000/svg}rect"))
     actions = [e for e in boxes if e.get("fill").startswith("hsl")]
     backgrounds = [e for e in boxes if e.get("fill") == GREY]
     assert len(actions) == 3 * 4 * 2 and len(backgrounds) == 3

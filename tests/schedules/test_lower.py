@@ -1,4 +1,4 @@
-"""Lowering: replaying the integer columns moves every value to where it is read, and slots are never more than needed."""
+"""Lowering: replaying the columns moves every value to where it is read; slots are never more than needed."""
 
 import numpy as np
 import pytest
@@ -87,5 +87,7 @@ def test_columns_are_int32_and_finite_in_number():
 
 def test_split_backward_is_refused_by_name():
     table = pack(parse("0F0 0I0 0W0", name="split"))
-    with pytest.raises(ValueError, match="schedule 'split': the executor runs F and B, but the schedule holds 0I0"):
+    with pytest.raises(
+        ValueError, match="schedule 'split': the executor runs F and B, but the schedule holds 0I0"
+    ):
         lower(table)

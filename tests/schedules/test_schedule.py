@@ -44,12 +44,18 @@ def test_parse_reads_commas_comments_and_blank_lines():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("0F0 0F0 0B0", "stage 0, microbatch 0 must run F and either B or I.W exactly once, but it runs F×2, B×1"),
+        (
+            "0F0 0F0 0B0",
+            "stage 0, microbatch 0 must run F and either B or I.W exactly once, but it runs F×2, B×1",
+        ),
         ("0F0 0F1 0B0", "stage 0, microbatch 1 must run F and either B or I.W exactly once, but it runs F×1"),
         ("0B0 0F0", "deadlock, rank 0 waits at 0B0; reorder these actions"),
         ("1F0 1B0 0F0 0B0", "deadlock, rank 0 waits at 1F0"),
         ("0F0 0B0\n0F1 0B1", "each of the 1 stages must be held by exactly one of 2 pipe ranks"),
-        ("0F0 1F0 1B0 0B0\n2F0 2B0", "every pipe rank must hold the same number of stages, but they hold .2, 1."),
+        (
+            "0F0 1F0 1B0 0B0\n2F0 2B0",
+            "every pipe rank must hold the same number of stages, but they hold .2, 1.",
+        ),
         ("   ", "no actions found"),
         ("0F0 0I0", "must run F and either B or I.W exactly once, but it runs F×1, I×1"),
     ],

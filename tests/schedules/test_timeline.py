@@ -20,7 +20,9 @@ def test_asynchronous_bubble_is_the_published_one(builder, forward, backward):
 
 def test_in_flight_is_the_published_one():
     for P, M in GRID:
-        assert simulate(one_f_one_b(P, M), ActionCosts()).peak_in_flight() == tuple(min(P - r, M) for r in range(P))
+        assert simulate(one_f_one_b(P, M), ActionCosts()).peak_in_flight() == tuple(
+            min(P - r, M) for r in range(P)
+        )
         assert simulate(gpipe(P, M), ActionCosts()).peak_in_flight() == (M,) * P
 
 
@@ -38,7 +40,11 @@ def test_unequal_stages_cost_their_slowest():
 def test_lockstep_reaches_the_ideal(builder):
     for P, M in GRID:
         table = pack(builder(P, M))
-        for costs in (ActionCosts(), ActionCosts(forward=1.0, backward=1.0), ActionCosts(forward=1.5, backward=1.0)):
+        for costs in (
+            ActionCosts(),
+            ActionCosts(forward=1.0, backward=1.0),
+            ActionCosts(forward=1.5, backward=1.0),
+        ):
             expected = (M + P - 1) * (costs.forward + costs.backward)
             assert lockstep(table, costs).step_seconds == pytest.approx(expected)
 
