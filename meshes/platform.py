@@ -1,4 +1,4 @@
-"""This file is the machine description: the devices, the levels of the network that join them, and how fast they are."""
+"""This file is the machine description: devices, the levels of the network between them, and how fast they are."""
 
 import tomllib
 from collections.abc import Mapping

@@ -1,0 +1,253 @@
+"""Machine descriptions: the files are true to their sources, wrong files are refused in one sentence."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from meshes.platform import Device, Link, Platform, detect_platform, known_platforms, load_platform
+
+FRONTIER = load_platform("frontier")
+
+
+def test_frontier_as_published():
+    assert FRONTIER.devices_per_node == 8
+    assert FRONTIER.device.memory_bytes == 64 * 2**30
+    assert FRONTIER.device.peak_flop_per_second["bfloat16"] == 191.5e12
+    assert [(link.name, link.devices) for link in FRONTIER.links] == [
+        ("package", 2),
+        ("node", 8),
+        ("switch", 32),
+        ("cabinet", 128 * 8),
+        ("system", 77 * 128 * 8),
+    ]
+    # Four 25 GB/s interfaces serve the eight devices of a node.
+    assert FRONTIER.links[2].bytes_per_second * FRONTIER.devices_per_node == 4 * 25e9
+
+
+@pytest.mark.parametrize("name", known_platforms())
+def test_every_file_loads_and_gets_slower_outwards(name):
+    platform = load_platform(name)
+    assert platform.name == name
+    for inner, outer in itertools.pairwise(platform.links):
+        assert inner.bytes_per_second >= outer.bytes_per_second
+        assert inner.latency_seconds <= outer.latency_seconds
+
+
+@pytest.mark.parametrize(
+    ("platform", "expert", "pipe", "data", "factors"),
+    [
+        ("cpu8", 4, 2, 1, (1, 1, 4)),  # a node each
+        ("cpu8", 8, 1, 1, (1, 2, 4)),  # two nodes
+        ("cpu8", 2, 2, 2, (1, 1, 2)),
+        ("cpu8", 1, 8, 1, (1, 1, 1)),
+        ("frontier", 8, 4, 16, (1, 1, 8)),
+        ("frontier", 32, 1, 1, (1, 4, 8)),  # the nodes of a switch
+        ("frontier", 128, 2, 1, (4, 4, 8)),  # four switches
+        (
+            "frontier",
+            12,
+            1,
+            1,
+            (1, 3, 4),
+        ),  # the first four devices of the second node: no block of 8 would do
+        ("frontier", 12, 1, 8, (3, 1, 4)),  # and blocks begin at every multiple of 12, also across switches
+        ("frontier", 6, 1, 1, (1, 1, 6)),  # six devices of one node
+        ("frontier", 6, 1, 2, (1, 3, 2)),
+    ],
+)
+def test_expert_factors_drawn_out(platform, expert, pipe, data, factors):
+    assert load_platform(platform).expert_factors(expert, pipe=pipe, data=data) == factors
+
+
+@pytest.mark.parametrize("name", ["cpu8", "frontier"])
+def test_expert_blocks_never_straddle_and_are_as_large_as_can_be(name):
+    platform = load_platform(name)
+
+    def straddles(block, boundary, num_devices):
+        starts = range(0, num_devices, block)
+        return any(start // boundary != (start + block - 1) // boundary for start in starts)
+
+    for expert, copies in itertools.product([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64], [1, 2, 3, 5]):
+        group, node, local = platform.expert_factors(expert, pipe=copies, data=1)
+        assert group * node * local == expert
+        for block, boundary in ((local, platform.devices_per_node), (local * node, platform.switch_devices)):
+            largest = max(
+                size
+                for size in range(1, expert + 1)
+                if expert % size == 0 and not straddles(size, boundary, expert * copies)
+            )
+            assert block == largest
+
+
+def test_a_machine_without_a_network_is_one_node():
+    platform = Platform(name="one", description="one host", device=Device(), devices_per_node=4)
+    assert platform.switch_devices is None
+    assert platform.expert_factors(4, pipe=1, data=1) == (1, 1, 4)
+    assert platform.expert_factors(8, pipe=1, data=1) == (1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "num_devices", "per_process", "name", "per_node"),
+    [
+        ("cpu", "cpu", 1, 1, "cpu", 1),
+        ("cpu", "cpu", 4, 4, "cpu", 4),
+        ("cpu", "cpu", 8, 8, "cpu8", 4),
+        ("cpu", "cpu", 8, 4, "cpu", 4),  # two processes
+        ("gpu", "AMD Instinct MI250X/MI250", 64, 8, "frontier", 8),
+        ("gpu", "AMD Instinct MI250X/MI250", 64, 1, "frontier", 8),  # one process per device
+        ("gpu", "AMD Instinct MI300X", 8, 8, "mi300x_node", 8),
+        ("gpu", "NVIDIA H100 80GB HBM3", 8, 8, "h100_node", 8),
+        ("gpu", "NVIDIA H200", 8, 8, "h200_node", 8),
+        ("gpu", "Quantum 9000", 4, 2, "generic", 2),
+    ],
+)
+def test_machines_are_recognised(backend, kind, num_devices, per_process, name, per_node):
+    platform = detect_platform(backend, kind, num_devices=num_devices, devices_per_process=per_process)
+    assert (platform.name, platform.devices_per_node) == (name, per_node)
+
+
+def test_an_unknown_accelerator_has_no_peak_and_says_so():
+    platform = detect_platform(
+        "gpu", "Quantum 9000", num_devices=1, devices_per_process=1, memory_bytes=2**34
+    )
+    assert platform.device.peak_flop_per_second == {}
+    assert platform.device.memory_bytes == 2**34
+    assert "no MFU" in platform.description
+    assert "Quantum 9000" in platform.description
+
+
+def test_platforms_are_values():
+    assert load_platform("frontier") == FRONTIER
+    assert hash(load_platform("frontier")) == hash(FRONTIER)
+    with pytest.raises(ValueError, match="devices_per_node must be a whole number"):
+        replace(FRONTIER, devices_per_node=0)
+
+
+DEVICE = """[device]
+memory_bytes = 1_000_000
+memory_bytes_per_second = 1e9
+peak_flop_per_second = { float32 = 1e9 }
+"""
+GOOD = f"""
+description = "two hosts"
+devices_per_node = 4
+{DEVICE}
+[[links]]
+name = "host"
+devices = 4
+bytes_per_second = 1e9
+latency_seconds = 1e-6
+[[links]]
+name = "wire"
+devices = 8
+bytes_per_second = 1e8
+latency_seconds = 1e-5
+"""
+
+
+def test_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD)
+    platform = load_platform(str(path))
+    assert platform.name == "mine"
+    assert platform.switch_devices == 8
+    assert platform.links[1] == Link(name="wire", devices=8, bytes_per_second=1e8, latency_seconds=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("devices_per_node = 4", "devices_per_node = ", "is not valid TOML: Invalid value (at line 3"),
+        ("devices_per_node = 4", "", "the top level needs the field devices_per_node"),
+        (
+            "devices_per_node = 4",
+            "devices_per_node = 4.0",
+            "devices_per_node must be a whole number of at least 1, got 4.0",
+        ),
+        (
+            "devices_per_node = 4",
+            "devices_per_node = 3",
+            "link 'host' joins 4 devices, which is neither a part nor a",
+        ),
+        (
+            "devices_per_node",
+            "device_per_node",
+            "the top level has no field 'device_per_node', did you mean devices_per_node?",
+        ),
+        ("[device]", "[devices]", "the top level has no field 'devices', did you mean device?"),
+        (DEVICE, "device = 3\n", "device must be a table headed [device], got 3"),
+        ('"two hosts"', '" "', "description must be a non-empty text, got ' '"),
+        ("1_000_000", "-5", "device.memory_bytes must be a whole number of at least 1, got -5"),
+        ("1_000_000", '"64 GiB"', "device.memory_bytes must be a whole number of at least 1, got '64 GiB'"),
+        (
+            "per_second = 1e9\npeak",
+            "per_second = 0.0\npeak",
+            "device.memory_bytes_per_second must be a positive number",
+        ),
+        ("{ float32 = 1e9 }", "1e9", "device.peak_flop_per_second must give a rate for each dtype"),
+        ("float32 = 1e9", "float32 = true", "device.peak_flop_per_second.float32 must be a positive number"),
+        ('name = "host"', "", "[[links]] needs the field name"),
+        ('name = "host"', "name = 7", "link.name must be a non-empty text, got 7"),
+        (
+            'name = "host"',
+            'name = "host"\nbandwidth = 3',
+            "[[links]] has no field 'bandwidth'; its fields are name,",
+        ),
+        (
+            'name = "host"',
+            'name = "host"\ntaper_fraction = 57',
+            "link 'host': taper_fraction must be at most 1, got 57",
+        ),
+        (
+            'name = "host"',
+            'name = "host"\nprovenance = "rumour"',
+            "provenance must be one of measured, published, vendor, assumed, got 'rumour'",
+        ),
+        (
+            "latency_seconds = 1e-6",
+            "latency_seconds = 2.0",
+            "latency_seconds must lie between 1e-8 and 1, got 2.0; write it in seconds",
+        ),
+        (
+            "bytes_per_second = 1e8",
+            "bytes_per_second = nan",
+            "link 'wire': bytes_per_second must be a positive number",
+        ),
+        ("devices = 8", "devices = 6", "but 'host' joins 4 and then 'wire' joins 6"),
+        ("devices = 8", "devices = 4", "but 'host' joins 4 and then 'wire' joins 4"),
+    ],
+)
+def test_wrong_files_are_refused_in_one_sentence(tmp_path, old, new, sentence):
+    path = tmp_path / "mine.toml"
+    assert old in GOOD
+    path.write_text(GOOD.replace(old, new, 1))
+    with pytest.raises(ValueError) as error:
+        load_platform(str(path))
+    assert sentence in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(
+        ValueError, match="cannot read platform file .*nowhere.toml: No such file or directory"
+    ):
+        load_platform(str(tmp_path / "nowhere.toml"))
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="binary.toml is not text; it must be TOML in UTF-8"):
+        load_platform(str(tmp_path / "binary.toml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("fronteir", "no platform named 'fronteir', did you mean 'frontier'?"),
+        ("moon", "no platform named 'moon';"),
+    ],
+)
+def test_unknown_names_suggest(name, hint):
+    with pytest.raises(ValueError) as error:
+        load_platform(name)
+    assert str(error.value).startswith(hint)
+    assert ", ".join(known_platforms()) in str(error.value)
