@@ -158,7 +158,9 @@ class Checkpoints:
         found = _contents(arrays)
         wrong = [name for name, content in description["arrays"].items() if found[name] != content]
         if wrong:
-            raise self._damaged(step, ValueError(f"the values of {wrong[0]} differ from those that were saved"))
+            raise self._damaged(
+                step, ValueError(f"the values of {wrong[0]} differ from those that were saved")
+            )
         return _from_logical(executor, arrays, step)
 
     def restore_params(self, step: int, abstract: Any) -> tuple[Any, jax.Array]:
@@ -269,7 +271,9 @@ def _sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
         words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
         place, stride = jnp.uint32(0), 1
         for dimension in reversed(range(words.ndim)):
-            place = place + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dimension) * np.uint32(stride % 2**32)
+            place = place + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dimension) * np.uint32(
+                stride % 2**32
+            )
             stride *= words.shape[dimension]
         return (words * (2 * place + 1)).sum(dtype=jnp.uint32)
 

@@ -138,3 +138,24 @@ def stop_flags(mesh: Mesh, *, is_asked: bool) -> jax.Array | np.ndarray:
         return np.int32(is_asked)
     sharding = NamedSharding(mesh, P(mesh.axis_names))
     return jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.full(1, is_asked, np.int32))
+
+
+def first_devices(per_process: int | None) -> list[jax.Device]:
+    """Returns the first `per_process` devices of every process, or all of them.
+
+    Raises:
+      ValueError: if a process has fewer.
+    """
+    devices = jax.devices()
+    if per_process is None:
+        return devices
+    chosen = []
+    for process in range(jax.process_count()):
+        here = [device for device in devices if device.process_index == process]
+        if len(here) < per_process:
+            raise ValueError(
+                f"--devices {per_process} asks for more than the {len(here)} {here[0].platform} devices there are"
+                + ("" if here[0].platform == "cpu" else "; set JAX_PLATFORMS=cpu to simulate them on the CPU")
+            )
+        chosen += here[:per_process]
+    return chosen

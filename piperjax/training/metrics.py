@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -66,8 +67,6 @@ def step_record(metrics: StepMetrics, *, step: int, step_seconds: float, work: W
 
 def peak_memory_bytes() -> int:
     """Returns the most memory that any local device has used so far, 0 where the backend does not tell."""
-    import jax  # noqa: PLC0415  (reading records needs no devices)
-
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return max((entry.get("peak_bytes_in_use", 0) for entry in stats), default=0)
 

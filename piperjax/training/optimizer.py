@@ -45,7 +45,7 @@ def decay_mask(params: Any) -> Any:
 
     def decays(path: tuple[Any, ...], _leaf: Any) -> bool:
         name = str(path[-1].key)
-        return not (name.endswith("norm") or name.endswith("bias"))
+        return not name.endswith(("norm", "bias"))
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

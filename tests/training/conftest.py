@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
 from models.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN, Router
 
 
@@ -101,7 +102,9 @@ class BigramExecutor:
         picked = jnp.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
         entropy = jax.nn.logsumexp(logits, -1) - picked
         num_tokens = batch["weights"].sum()
-        router = params["layers"]["moe"]["ffn"]["router"].reshape(-1, *logits.shape[:0], x.shape[-1], self.config.num_experts)
+        router = params["layers"]["moe"]["ffn"]["router"].reshape(
+            -1, *logits.shape[:0], x.shape[-1], self.config.num_experts
+        )
         scores = jnp.einsum("mbsd,lde->lmbse", x, router) + router_bias[:, None, None, None]
         chosen = jax.nn.one_hot(scores.argmax(-1), self.config.num_experts)
         load = jax.lax.stop_gradient(chosen.sum((1, 2, 3)))
@@ -130,7 +133,9 @@ def make_batch(model, seed, shape=(2, 4, 16)):
     text = generator.integers(0, model.vocab_size, (M, B, S + 1))
     for position in range(1, S + 1):
         follows = generator.random((M, B)) < 0.9
-        text[..., position] = np.where(follows, (3 * text[..., position - 1] + 1) % model.vocab_size, text[..., position])
+        text[..., position] = np.where(
+            follows, (3 * text[..., position - 1] + 1) % model.vocab_size, text[..., position]
+        )
     return {
         "tokens": text[..., :-1].astype(np.int32),
         "targets": text[..., 1:].astype(np.int32),

@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+
 from piperjax.training.checkpoint import Checkpoints
 from piperjax.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from piperjax.training.state import init_state, make_train_step
@@ -36,7 +37,9 @@ def saved_run(tmp_path, executor, bigram, steps=(2, 4)):
     for step in steps:
         state = train(executor, bigram, state, range(done, step))
         snapshots[step] = jax.device_get(state)
-        checkpoints.save(step, executor, state, description={"note": f"at {step}"}, validation_loss=10.0 - step)
+        checkpoints.save(
+            step, executor, state, description={"note": f"at {step}"}, validation_loss=10.0 - step
+        )
         done = step
     train(executor, bigram, state, range(done, done + 3))  # donates the state while it is written
     checkpoints.wait()
@@ -100,7 +103,9 @@ def test_a_saved_step_is_never_written_again(tmp_path, executor, bigram):
     checkpoints = Checkpoints(tmp_path, KEEP_ALL)
     checkpoints.save(4, executor, init_state(executor, 1), description={})
     checkpoints.wait()
-    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "checkpoints/4").rglob("*")) == before
+    assert (
+        sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "checkpoints/4").rglob("*")) == before
+    )
 
 
 def test_leftovers_of_a_crash_are_ignored(tmp_path, executor, bigram):
@@ -148,7 +153,15 @@ def drop_everything(directory):
     directory.mkdir()
 
 
-DAMAGE = [truncate, flip, remove_arrays, remove_description, truncate_description, empty_description, drop_everything]
+DAMAGE = [
+    truncate,
+    flip,
+    remove_arrays,
+    remove_description,
+    truncate_description,
+    empty_description,
+    drop_everything,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
@@ -175,7 +188,9 @@ def test_other_formats_are_refused(tmp_path, executor, bigram):
 def test_other_models_are_refused(tmp_path, executor, bigram, changes):
     saved_run(tmp_path, executor, bigram)
     other = bigram.executor(bigram.model(**changes))
-    with pytest.raises(ValueError, match=r"belongs to another model: first_moment/.* is \[.*\] there and \[.*\] here"):
+    with pytest.raises(
+        ValueError, match=r"belongs to another model: first_moment/.* is \[.*\] there and \[.*\] here"
+    ):
         Checkpoints(tmp_path).restore(4, other)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
 from piperjax.planner.plan import Plan
 from piperjax.training.config import (
@@ -63,7 +64,11 @@ def test_configuration_survives_json(plan):
     [
         (OptimizerConfig, {"peak_lr": 0.0}, "optimizer.peak_lr must be a number above 0, got 0.0"),
         (OptimizerConfig, {"peak_lr": float("nan")}, "optimizer.peak_lr must be a number above 0, got nan"),
-        (OptimizerConfig, {"warmup_steps": -1}, "optimizer.warmup_steps must be a whole number of at least 0"),
+        (
+            OptimizerConfig,
+            {"warmup_steps": -1},
+            "optimizer.warmup_steps must be a whole number of at least 0",
+        ),
         (OptimizerConfig, {"final_lr_fraction": 2}, "of at least 0 and of at most 1, got 2"),
         (OptimizerConfig, {"betas": (0.9,)}, "optimizer.betas must be two numbers"),
         (OptimizerConfig, {"betas": (0.9, 1.0)}, "from 0 to below 1"),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from piperjax.training import optimizer
 from piperjax.training.config import OptimizerConfig
 
@@ -21,7 +22,9 @@ def make_params(seed=0):
     return {
         "embedding": draw(6, 4),
         "final_norm": draw(4),
-        "layers": {"moe": {"attention": {"query": draw(2, 4, 4), "query_bias": draw(2, 4)}, "ffn_norm": draw(2, 4)}},
+        "layers": {
+            "moe": {"attention": {"query": draw(2, 4, 4), "query_bias": draw(2, 4)}, "ffn_norm": draw(2, 4)}
+        },
     }
 
 
@@ -101,11 +104,19 @@ def test_clipping_scales_all_gradients_alike():
     unclipped = OptimizerConfig(clip_norm=0.0, weight_decay=0.0, betas=(0.0, 0.0), eps=1.0)
     first = [
         optimizer.apply(
-            config, STEPS, step=jnp.int32(0), params=params, moments=optimizer.init_moments(params), grads=grads
+            config,
+            STEPS,
+            step=jnp.int32(0),
+            params=params,
+            moments=optimizer.init_moments(params),
+            grads=grads,
         ).moments.first
         for config in (clipped, unclipped)
     ]
     assert float(optax.tree.norm(first[0])) == pytest.approx(1e-3, rel=1e-5)
     ratio = jax.tree.map(lambda a, b: a / b, *first)
-    np.testing.assert_allclose(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(ratio)]),
-                               1e-3 / float(optax.tree.norm(first[1])), rtol=1e-4)
+    np.testing.assert_allclose(
+        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(ratio)]),
+        1e-3 / float(optax.tree.norm(first[1])),
+        rtol=1e-4,
+    )

@@ -1,6 +1,7 @@
 """Tests of `--set`: dotted paths, typed values and the sentence of every mistake."""
 
 import pytest
+
 from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
 from piperjax.training.config import TrainConfig
 from piperjax.training.overrides import override, parse_assignments
@@ -46,7 +47,10 @@ def test_star_reaches_every_layer_that_has_the_field():
 @pytest.mark.parametrize(
     ("assignment", "sentence"),
     [
-        ("optimizer.peak_lr", "--set takes FIELD=VALUE such as optimizer.peak_lr=3e-4, got 'optimizer.peak_lr'"),
+        (
+            "optimizer.peak_lr",
+            "--set takes FIELD=VALUE such as optimizer.peak_lr=3e-4, got 'optimizer.peak_lr'",
+        ),
         ("=3", "--set takes FIELD=VALUE"),
         ("optimiser.peak_lr=1", "there is no field 'optimiser'; did you mean 'optimizer'?"),
         ("optimizer.peek_lr=1", "there is no field 'optimizer.peek_lr'; did you mean 'optimizer.peak_lr'?"),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from piperjax.training.config import OptimizerConfig, TrainConfig
 from piperjax.training.state import (
     bias_rates,
@@ -37,9 +38,13 @@ def test_shardings_of_state_survive_a_step(executor, bigram):
     step = make_train_step(executor, make_config(executor.config))
     state = init_state(executor, seed=0)
     wanted = state_shardings(executor)
-    before = jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim), state, wanted)
+    before = jax.tree.map(
+        lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim), state, wanted
+    )
     state, _ = step(state, bigram.batch(executor.config, 0), np.int32(0))
-    after = jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim), state, wanted)
+    after = jax.tree.map(
+        lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim), state, wanted
+    )
     assert all(jax.tree.leaves(before)) and all(jax.tree.leaves(after))
     first = state.moments.first["embedding"].addressable_shards[0].data.shape
     assert first == state.params["embedding"].addressable_shards[0].data.shape == (33, 4)
@@ -81,7 +86,9 @@ def test_bias_moves_only_where_the_router_balances_by_bias(bigram):
     step = make_train_step(executor, make_config(model))
     state, first = step(init_state(executor, 0), bigram.batch(model, 0), np.int32(0))
     np.testing.assert_allclose(
-        state.router_bias, 0.05 * np.sign(np.asarray(first.load).mean(1, keepdims=True) - first.load), atol=1e-7
+        state.router_bias,
+        0.05 * np.sign(np.asarray(first.load).mean(1, keepdims=True) - first.load),
+        atol=1e-7,
     )
     for number in range(1, 30):
         state, last = step(state, bigram.batch(model, number), np.int32(0))

@@ -1,0 +1,78 @@
+"""This file is what a run prints before its first step: model, mesh, stages, memory, batch and data."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from meshes.platform import Platform
+from models import cost
+from models.config import ModelConfig, MoEFFN
+from piperjax.planner.plan import Plan
+from piperjax.training.config import TrainConfig
+from piperjax.training.metrics import gib, si
+from piperjax.training.optimizer import Moments
+
+
+def banner(config: TrainConfig, platform: Platform, abstract_params: Any, data: str) -> str:
+    """Returns the lines that describe a run under its plan.
+
+    Args:
+      config: with a plan.
+      platform: the machine.
+      abstract_params: `Executor.abstract_params`.
+      data: one line about the text.
+    """
+    plan, model = config.plan, config.model
+    tokens = config.tokens_per_step
+    params_bytes = bytes_per_device(abstract_params)
+    rows = {
+        "model": _model(model),
+        "mesh": f"pipe {plan.pipe} x data {plan.data} x expert {plan.expert} = {plan.num_devices} devices, "
+        f"{platform.name}: {platform.description}",
+        "schedule": f"{plan.schedule}, {plan.num_microbatches} microbatches of {plan.microbatch_size} sequences, "
+        f"{plan.dispatch} dispatch, {_capacity(plan)}, {config.dtype}",
+        "stages": " | ".join(_stages(model, plan)),
+        "memory": f"per device {gib(params_bytes)} parameters, {gib(len(Moments._fields) * params_bytes)} optimizer",
+        "batch": f"{plan.batch_size} sequences x {plan.seq_len} = {tokens:,} tokens per step; "
+        f"{config.steps:,} steps = {si(tokens * config.steps)} tokens",
+        "data": data,
+        "run": config.out,
+    }
+    return "\n".join(f"{name:<9} {text}" for name, text in rows.items())
+
+
+def bytes_per_device(abstract: Any) -> int:
+    """Returns the bytes of a tree of ShapeDtypeStruct that one device holds; all devices hold the same."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract)
+    )
+
+
+def _model(model: ModelConfig) -> str:
+    total, active = cost.total_parameters(model), cost.active_parameters(model)
+    experts = ""
+    if model.num_experts:
+        experts = f", {model.num_experts} experts, {model.experts_per_token} per token"
+    return f"{model.name}: {model.num_layers} layers{experts}; {si(total)} parameters, {si(active)} active per token"
+
+
+def _capacity(plan: Plan) -> str:
+    return f"capacity factor {plan.capacity_factor:g}" if plan.capacity_factor else "dropless"
+
+
+def _stages(model: ModelConfig, plan: Plan) -> Sequence[str]:
+    """Returns "0: layers 0-3 (1 dense, 3 moe)" for every stage."""
+    lines, first = [], 0
+    for stage, count in enumerate(plan.layers_per_stage):
+        layers = model.layers[first : first + count]
+        num_moe = sum(isinstance(layer.ffn, MoEFFN) for layer in layers)
+        parts = [
+            f"{number} {name}" for number, name in ((count - num_moe, "dense"), (num_moe, "moe")) if number
+        ]
+        numbers = f"layer {first}" if count == 1 else f"layers {first}-{first + count - 1}"
+        lines.append(f"{stage}: {numbers} ({', '.join(parts)})")
+        first += count
+    return lines

@@ -1,0 +1,353 @@
+"""This file is the command line of train.py: flags to a TrainConfig, and every mistake to one sentence."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from models.config import ModelConfig
+from models.presets import preset
+from piperjax.planner.plan import Plan, default_plan
+from piperjax.training.config import DataConfig, LogConfig, TrainConfig
+from piperjax.training.overrides import Tree, override, parse_assignments
+from piperjax.training.run_file import read_run_file
+
+AXIS_FLAGS = {"pipe": "--pipe", "data": "--data-parallel", "expert": "--expert"}
+DEFAULT_MODEL = "tiny"
+
+DESCRIPTION = "Train a mixture-of-experts language model. The same command resumes when it was interrupted."
+EPILOG = """\
+examples:
+  python train.py                                    tiny model, text of Python's own library, one device
+  python train.py --devices 8 --pipe 2 --expert 4    the same on eight simulated devices
+  python train.py --data 'books/*.txt' --model small --steps 5000 --out runs/books
+  python train.py --resume runs/books --steps 10000  go on, on whatever devices there are now
+  python train.py --set optimizer.peak_lr=1e-3 --set checkpoint.every_steps=50
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser; every default is None, so that `--resume` can tell what was given."""
+    parser = _Parser(
+        prog="train.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_what(parser)
+    _add_where(parser)
+    _add_how(parser)
+    processes = parser.add_argument_group("several processes (found by themselves under SLURM)")
+    processes.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    processes.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    processes.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
+    return parser
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    data = {entry.name: entry.default for entry in dataclasses.fields(DataConfig)}
+    what = parser.add_argument_group("what is trained")
+    what.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"a model of models/presets.py, or a .json file (default {DEFAULT_MODEL})",
+    )
+    what.add_argument(
+        "--data",
+        metavar="PATH",
+        help=".txt .md .py .jsonl .parquet, a directory or a glob, compressed or not "
+        f"(default {data['path']}: the source text of Python's own library)",
+    )
+    what.add_argument(
+        "--tokenizer", metavar="PATH", help=f"a Hugging Face tokenizer.json (default {data['tokenizer']})"
+    )
+    what.add_argument(
+        "--batch", type=int, metavar="N", help=f"sequences per step (default {data['batch_size']})"
+    )
+    what.add_argument("--seq", type=int, metavar="N", help=f"tokens per sequence (default {data['seq_len']})")
+    what.add_argument(
+        "--steps", type=int, metavar="N", help=f"length of the run (default {TrainConfig.steps})"
+    )
+    what.add_argument(
+        "--seed", type=int, metavar="N", help="of initial parameters and data order (default 0)"
+    )
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_argument_group("where it runs")
+    where.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="devices per process; a CPU simulates them (default all there are)",
+    )
+    where.add_argument(
+        "--mesh",
+        metavar="SIZES",
+        help="auto, or such as pipe=2,expert=4,data=1 (default auto: experts fill a node, as few pipe ranks as "
+        "hold the model, data takes the rest)",
+    )
+    where.add_argument("--pipe", type=int, metavar="N", help="pipe ranks; -1 takes the devices that are left")
+    where.add_argument(
+        "--expert", type=int, metavar="N", help="devices that share a layer's experts; -1 likewise"
+    )
+    where.add_argument("--data-parallel", type=int, metavar="N", help="replicas of the experts; -1 likewise")
+    where.add_argument(
+        "--platform", metavar="NAME", help="a machine of meshes/, or a .toml file (default auto: recognised)"
+    )
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    how = parser.add_argument_group("how it runs")
+    how.add_argument(
+        "--schedule", metavar="NAME", help="gpipe or one_f_one_b, short 1f1b (default one_f_one_b)"
+    )
+    how.add_argument(
+        "--microbatches", type=int, metavar="N", help="per step (default up to four per pipe rank)"
+    )
+    how.add_argument("--dtype", metavar="TYPE", help=f"float32 or bfloat16 (default {TrainConfig.dtype})")
+    how.add_argument(
+        "--out", metavar="DIR", help="run directory (default runs/MODEL); resumes if it was begun"
+    )
+    how.add_argument(
+        "--resume", metavar="DIR", help="go on with the run in DIR; other flags change what may change"
+    )
+    how.add_argument(
+        "--log-every",
+        type=int,
+        metavar="N",
+        help=f"steps between printed lines (default {LogConfig.log_every})",
+    )
+    how.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any field of the configuration (piperjax/training/config.py) by its dotted path, repeatable",
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing the usage and leaving."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message.removeprefix("argument "))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs train.py; returns the exit code: 0, 2 for a mistake, 128 + N after signal N."""
+    # A closed pipe (`train.py | head`) must not end in a traceback when Python flushes at exit.
+    try:
+        code = run(parse_arguments(argv))
+        sys.stdout.flush()
+        return code
+    except ValueError as error:
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            "train.py: error: the devices ran out of memory; use more --microbatches, --set plan.memory_mode=stage, "
+            "a smaller --batch or --seq, or more devices",
+            file=sys.stderr,
+        )
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the flags.
+
+    Raises:
+      ValueError: for an unknown flag (names the nearest) or a value of another type.
+    """
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        name = unknown[0].partition("=")[0]
+        if not name.startswith("-"):
+            raise ValueError(f"'{unknown[0]}' belongs to no flag; see train.py --help")
+        nearest = difflib.get_close_matches(name, flags, n=1, cutoff=0.0)[0]
+        raise ValueError(f"there is no flag {name}; did you mean {nearest}?")
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    """Builds the configuration, starts the devices and trains; returns the exit code.
+
+    Raises:
+      ValueError: if something is impossible.
+    """
+    # Everything that needs no devices is checked before JAX starts, so that mistakes are told at once.
+    tree = parse_assignments(args.set)
+    plan_tree = tree.pop("plan", {})
+    if not isinstance(plan_tree, dict):
+        raise ValueError(
+            "plan is a group of fields; set plan.memory_mode, plan.capacity_factor, ... or use flags"
+        )
+    config = configuration(args, tree)
+    sizes = requested_sizes(args)
+
+    from meshes.mesh import simulate_devices
+    from piperjax.training import distributed
+
+    group = distributed.process_group(args.coordinator, args.processes, args.process_id)
+    if args.devices is not None:
+        simulate_devices(args.devices)
+    distributed.initialize(group)
+
+    from piperjax.training.loop import find_platform, train
+
+    devices = distributed.first_devices(args.devices)
+    platform = find_platform(config.platform, devices)
+    plan = make_plan(args, config, platform, len(devices), sizes=sizes, changes=plan_tree)
+    return train(dataclasses.replace(config, plan=plan), devices=devices).exit_code
+
+
+def configuration(args: argparse.Namespace, tree: Tree) -> TrainConfig:
+    """Returns the configuration that flags and assignments describe; its plan is that of `--resume`, or None."""
+    if args.resume is not None:
+        if args.out is not None:
+            raise ValueError("--resume and --out both name the run directory; give one of them")
+        config = read_run_file(args.resume)
+        if args.model is not None:
+            config = dataclasses.replace(config, model=named_model(args.model), plan=None)
+    else:
+        model = named_model(args.model or DEFAULT_MODEL)
+        config = TrainConfig(model=model, out=args.out or f"runs/{model.name}")
+    flags = {
+        "data": {
+            "path": args.data,
+            "tokenizer": args.tokenizer,
+            "batch_size": args.batch,
+            "seq_len": args.seq,
+        },
+        "log": {"log_every": args.log_every},
+    }
+    changes: dict[str, Any] = {
+        "steps": args.steps,
+        "dtype": args.dtype,
+        "platform": args.platform,
+        "seed": args.seed,
+    }
+    if args.seed is not None:
+        flags["data"]["seed"] = args.seed
+    for section, values in flags.items():
+        given = {name: value for name, value in values.items() if value is not None}
+        changes[section] = dataclasses.replace(getattr(config, section), **given)
+    given = {name: value for name, value in changes.items() if value is not None}
+    # The plan is made anew below; meanwhile it would contradict a changed batch.
+    plan = config.plan
+    config = override(dataclasses.replace(config, plan=None, **given), tree)
+    fits = plan is not None and (plan.batch_size, plan.seq_len) == (
+        config.data.batch_size,
+        config.data.seq_len,
+    )
+    return (
+        dataclasses.replace(config, plan=plan)
+        if fits and plan.num_layers == config.model.num_layers
+        else config
+    )
+
+
+def named_model(name: str) -> ModelConfig:
+    """Returns a preset, or the model described in a JSON file.
+
+    Raises:
+      ValueError: if there is no such model, or the file cannot be read.
+    """
+    if not name.endswith(".json"):
+        return preset(name)
+    try:
+        return ModelConfig.from_dict(json.loads(Path(name).read_text()))
+    except OSError as error:
+        raise ValueError(f"cannot read model file {name}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"model file {name} is not valid JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"model file {name}: {error}") from error
+
+
+def requested_sizes(args: argparse.Namespace) -> dict[str, int]:
+    """Returns the axis sizes that were given, -1 for one that takes the devices which are left.
+
+    Raises:
+      ValueError: if --mesh is not understood, a size is impossible, or two of them are -1.
+    """
+    sizes = {axis: getattr(args, flag[2:].replace("-", "_")) for axis, flag in AXIS_FLAGS.items()}
+    sizes = {axis: size for axis, size in sizes.items() if size is not None}
+    if args.mesh not in (None, "auto"):
+        if sizes:
+            raise ValueError(
+                f"--mesh {args.mesh} and {AXIS_FLAGS[next(iter(sizes))]} contradict; give one of them"
+            )
+        sizes = _parsed_mesh(args.mesh)
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ValueError(f"{AXIS_FLAGS[axis]} must be at least 1, or -1 to take what is left, got {size}")
+    if list(sizes.values()).count(-1) > 1:
+        raise ValueError("only one axis can be -1, the one that takes the devices which are left")
+    return sizes
+
+
+def _parsed_mesh(text: str) -> dict[str, int]:
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXIS_FLAGS or not size.removeprefix("-").isdigit():
+            raise ValueError(f"--mesh must be auto or sizes such as pipe=2,expert=4,data=1, got '{text}'")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def make_plan(
+    args: argparse.Namespace,
+    config: TrainConfig,
+    platform: Any,
+    num_devices: int,
+    *,
+    sizes: dict[str, int],
+    changes: Tree,
+) -> Plan:
+    """Returns the plan: flags first, then the resumed plan where it fits the devices, then the default rule."""
+    flags = {"schedule": args.schedule, "num_microbatches": args.microbatches}
+    wished = _filled(sizes, num_devices) | {name: value for name, value in flags.items() if value is not None}
+    kept: dict[str, Any] = {}
+    if config.plan is not None:
+        fits = not sizes and config.plan.num_devices == num_devices
+        if fits and not wished:
+            return override(config.plan, changes, where="plan")
+        names = ["schedule", "memory_mode", "dispatch", "capacity_factor"]
+        names += ["pipe", "data", "expert", "num_microbatches"] if fits else []
+        kept = {name: getattr(config.plan, name) for name in names}
+    kept |= wished
+    batch, seq_len = config.data.batch_size, config.data.seq_len
+    plan = default_plan(config.model, platform, num_devices, batch_size=batch, seq_len=seq_len, **kept)
+    return override(plan, changes, where="plan")
+
+
+def _filled(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
+    """Replaces -1 by the devices that the other axes leave, axes not given counting 1."""
+    if -1 not in sizes.values():
+        return sizes
+    filled = dict.fromkeys(AXIS_FLAGS, 1) | sizes
+    taken = math.prod(size for size in filled.values() if size != -1)
+    if num_devices % taken:
+        axis = next(axis for axis, size in sizes.items() if size == -1)
+        others = " x ".join(f"{name} {size}" for name, size in filled.items() if size != -1)
+        raise ValueError(
+            f"{AXIS_FLAGS[axis]} -1 cannot take what is left: {others} = {taken} does not divide the "
+            f"{num_devices} devices"
+        )
+    return {axis: num_devices // taken if size == -1 else size for axis, size in filled.items()}
