@@ -10,11 +10,12 @@ NONE := PiperJAX needs Python 3.11 or newer, and none was found ($(CANDIDATES));
 INSTALL = @$(if $(FOUND),"$(FOUND)" launch/install.py,echo "$(NONE)" >&2; exit 2;)
 RUN = .venv/bin/python
 
-.PHONY: help train test test-all lint format clean
+.PHONY: help install train test test-all lint format clean
 
 help:
 	@echo "make train [ARGS='--model small --devices 8'] [EXTRA=cuda]   train; again to resume; EXTRA=rocm for AMD"
-	@echo "make test                                                    the tests that take minutes together"
+	@echo "make install [EXTRA=cuda]                                    only what train needs, for launch/*.sbatch"
+	@echo "make test                                                    the tests, but for the slow ones"
 	@echo "make test-all                                                every test"
 	@echo "make lint                                                    style, names, import directions"
 	@echo "make format                                                  lay the code out as lint wants it"
@@ -24,6 +25,9 @@ help:
 train:
 	$(INSTALL) $(EXTRA)
 	@$(RUN) train.py $(ARGS)
+
+install:
+	$(INSTALL) $(EXTRA)
 
 test:
 	$(INSTALL) dev $(EXTRA)
