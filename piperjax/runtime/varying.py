@@ -24,3 +24,9 @@ def _vary_leaf(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     already = jax.typeof(leaf).manual_axis_type.varying
     missing = tuple(axis for axis in axes if axis not in already)
     return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+
+def vary_like(leaf: jax.Array, *others: jax.Array) -> jax.Array:
+    """Per device: marks `leaf` as varying over every axis over which one of `others` varies."""
+    axes = frozenset().union(*(jax.typeof(other).manual_axis_type.varying for other in others))
+    return _vary_leaf(leaf, tuple(sorted(axes)))
