@@ -42,7 +42,7 @@ class LayerContext:
 
 def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """Returns float32, or `dtype` where that is wider: the precision of norms, softmax, router and losses."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(dtype if jnp.finfo(dtype).bits > 32 else jnp.float32)
 
 
 def parameter(*shape: int) -> nnx.Param:

@@ -60,9 +60,9 @@ def peers_bench() -> ModelConfig:
 
 # The paper's families (Piper, arXiv:2605.05049). Published are sequence length, d_model, expert d_ff, E, k, L
 # and a total. The totals come out with 4 D^2 parameters of attention per layer (as many key-value heads as
-# heads), two-matrix experts in every layer, no shared expert and no embeddings; those of X-MoE in units of 2^30
-# (10.1, 55.2, 201.4, 545.4), those of weak scaling in units of 10^9 (110, 862, 1700). Head width 128, balancing
-# by auxiliary loss and the vocabulary of 32,000 tokens are our assumptions.
+# heads), two-matrix experts everywhere, no shared expert and no embeddings; those of X-MoE in units of 2^30
+# (10.1, 55.2, 201.4, 545.4), those of weak scaling in units of 10^9 (110, 862, 1700). Head width 128, the
+# balancing loss and the vocabulary of 32,000 tokens are our assumptions.
 
 
 def xmoe_small() -> ModelConfig:

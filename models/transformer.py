@@ -148,7 +148,9 @@ def _draw(config: ModelConfig, name: str, shape: tuple[int, ...], *, seed, layer
     key = jax.random.key(seed, impl="threefry2x32")
     for number in (np.uint32(zlib.crc32(name.encode())), layer, expert):
         key = jax.random.fold_in(key, number)
-    return std * jax.random.normal(key, shape, jnp.float32)
+    # Without the barrier some programs fold std into the constants of the normal distribution and round
+    # differently from others.
+    return std * jax.lax.optimization_barrier(jax.random.normal(key, shape, jnp.float32))
 
 
 def cast_params(params: Params, dtype: jax.typing.DTypeLike) -> Params:
