@@ -1,5 +1,7 @@
 """Drawings of a timeline: a Gantt chart as text and as SVG, one row per pipe rank."""
 
+from colorsys import hls_to_rgb
+
 from piperjax.schedules.schedule import Action
 from piperjax.schedules.timeline import Timeline
 
@@ -76,14 +78,14 @@ def _cell(action: Action, width: int) -> str:
 def _box(timeline: Timeline, action: Action, left: float, y: float, scale: float) -> str:
     start, end = timeline.start_seconds[action], timeline.end_seconds[action]
     x, wide = left + start * scale, (end - start) * scale
-    hue = action.microbatch * 360.0 / max(timeline.schedule.num_microbatches, 1) % 360
-    lightness = {"F": 80, "B": 55, "I": 62, "W": 45}[action.kind]
+    hue = action.microbatch / timeline.schedule.num_microbatches
+    lightness = {"F": 0.82, "B": 0.5, "I": 0.62, "W": 0.4}[action.kind]
     # Chunks of one rank share a colour; the later ones get a dark lower edge.
     chunk = timeline.schedule.chunk_of_stage[action.stage]
     edge = "#333" if chunk else "white"
     box = (
         f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="{ROW_HEIGHT}" '
-        f'fill="hsl({hue:.0f},65%,{lightness}%)" stroke="{edge}" stroke-width="1"><title>{action}</title></rect>'
+        f'fill="{_hex(hue, lightness)}" stroke="{edge}" stroke-width="1"><title>{action}</title></rect>'
     )
     if wide < 7 * len(str(action.microbatch)) + 2:
         return box
@@ -92,6 +94,11 @@ def _box(timeline: Timeline, action: Action, left: float, y: float, scale: float
         f'<text x="{x + wide / 2:.2f}" y="{y + 18}" font-size="12" text-anchor="middle" fill="{ink}">'
         f"{action.microbatch}</text>"
     )
+
+
+def _hex(hue: float, lightness: float) -> str:
+    # Not every SVG reader knows hsl().
+    return "#" + "".join(f"{round(255 * part):02x}" for part in hls_to_rgb(hue, lightness, 0.6))
 
 
 def _escaped(text: str) -> str:
