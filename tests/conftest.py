@@ -1,7 +1,9 @@
-"""Every test sees eight simulated CPU devices, and a collective that deadlocks fails in seconds."""
+"""Every test sees eight simulated CPU devices, a deadlocked collective fails in seconds, and compiling is remembered."""
 
 import os
+from pathlib import Path
 
+_ROOT = Path(__file__).resolve().parent.parent
 _FLAGS = {
     "xla_force_host_platform_device_count": 8,
     # The defaults wait for minutes before they say that not every device has reached a collective.
@@ -9,8 +11,13 @@ _FLAGS = {
     "xla_cpu_collective_call_terminate_timeout_seconds": 60,
 }
 
-# JAX reads both when it starts, which is when the first test module imports it. What the user has set stays.
+# JAX reads these when it is imported, which the first test module does. What the user has set stays.
 _given = os.environ.get("XLA_FLAGS", "")
 _added = [f"--{name}={value}" for name, value in _FLAGS.items() if name not in _given]
 os.environ["XLA_FLAGS"] = " ".join([_given, *_added]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Nearly all the time of a test goes into compiling programs that did not change since the last run. Tests which start
+# processes of their own pass this on to them. A test that measures compiling must turn the cache off.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
