@@ -10,7 +10,6 @@ The nnx modules say which weights a layer has and what it computes; they live on
 
 import functools
 import math
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models import initial
 from models.attention import Attention
 from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
 from models.layers import ExpertFFN, FeedForward, LayerContext, at_least_float32, parameter, rms_norm
@@ -142,15 +142,9 @@ def _draw(config: ModelConfig, name: str, shape: tuple[int, ...], *, seed, layer
     if last.endswith("bias"):
         return jnp.zeros(shape, jnp.float32)
     # What is added to the residual stream 2 L times is drawn smaller by sqrt(2 L) (GPT-2).
-    std = (
-        config.init_std / math.sqrt(2 * config.num_layers) if last in ("output", "down") else config.init_std
-    )
-    key = jax.random.key(seed, impl="threefry2x32")
-    for number in (np.uint32(zlib.crc32(name.encode())), layer, expert):
-        key = jax.random.fold_in(key, number)
-    # Without the barrier some programs fold std into the constants of the normal distribution and round
-    # differently from others.
-    return std * jax.lax.optimization_barrier(jax.random.normal(key, shape, jnp.float32))
+    shrink = math.sqrt(2 * config.num_layers) if last in ("output", "down") else 1.0
+    std = config.init_std / shrink
+    return initial.normal(name, shape, seed=seed, layer=layer, expert=expert, std=std)
 
 
 def cast_params(params: Params, dtype: jax.typing.DTypeLike) -> Params:

@@ -17,11 +17,10 @@ from models.config import (
     MoEFFN,
     Router,
 )
-from models.presets import preset
+from models.initial import normal
 from models.transformer import (
     cast_params,
     forward,
-    init_layers,
     layer_function,
     masked_grouped_matmul,
     reference_context,
@@ -30,8 +29,6 @@ from models.transformer import (
 )
 
 D, V, E = 16, 40, 4
-
-init_params = functools.cache(jax.jit(transformer.init_params, static_argnums=0))
 
 
 def model(*, attention=None, moe=None, embeddings="untied", num_moe=1) -> ModelConfig:
@@ -250,55 +247,64 @@ def test_no_token_influences_an_earlier_one_or_another_document():
     np.testing.assert_array_equal(touched, expected)
 
 
+@functools.cache
+def initial_layers(layer_ids: tuple[int, ...] | int, seed: int = 7, num_experts: int = E) -> dict:
+    config = model(moe={"num_experts": num_experts}, attention={"qk_norm": "head", "bias": "all"})
+    return _init_layers(config, "moe", np.array(layer_ids), seed)
+
+
+_init_layers = jax.jit(transformer.init_layers, static_argnums=(0, 1))
+MANY_LAYERS = tuple(range(60, 0, -1))
+
+
 def test_initial_values_do_not_depend_on_stacking():
-    config = model(num_moe=4)
-    init = jax.jit(lambda layer_ids: init_layers(config, "moe", layer_ids, 7))
-    whole, alone, table = (init(np.array(ids)) for ids in ([1, 2, 3, 4], 3, [[4, 2], [3, 1]]))
-    for stacked, single, square in zip(*map(jax.tree.leaves, (whole, alone, table)), strict=True):
-        np.testing.assert_array_equal(stacked[2], single)
-        np.testing.assert_array_equal(square[1, 0], single)
-        np.testing.assert_array_equal(square[0, 0], stacked[3])
+    stacked, alone = initial_layers(MANY_LAYERS), initial_layers(3)
+    jax.tree.map(lambda rows, row: np.testing.assert_array_equal(rows[57], row), stacked, alone)
 
 
 def test_initial_values_of_an_expert_do_not_depend_on_their_number():
-    init_one = jax.jit(init_layers, static_argnums=(0, 1))
-    few, many = (
-        init_one(model(moe={"num_experts": count}), "moe", np.int32(1), 7)["ffn"]["experts"]
-        for count in (4, 8)
-    )
+    few, many = (initial_layers(3, num_experts=count)["ffn"]["experts"] for count in (4, 8))
     for name in ("gate_up", "down"):
         np.testing.assert_array_equal(few[name], many[name][:4])
         assert len(np.unique(np.asarray(many[name][:, 0, 0]))) == 8
 
 
 def test_initial_values_differ_between_seeds_layers_and_names():
-    config = model(num_moe=2)
-    params, other = init_params(config, 0), init_params(config, 1)
-    leaves = [params["embedding"], params["head"], other["embedding"]]
-    leaves += [params["layers"]["dense"]["attention"][name][0] for name in ("query", "output")]
-    leaves += [params["layers"]["moe"]["attention"]["query"][layer] for layer in range(2)]
+    layers, other_seed = initial_layers(3), initial_layers(3, seed=8)
+    leaves = [layers["attention"]["query"], other_seed["attention"]["query"]]
+    leaves += [layers["attention"]["output"], initial_layers(MANY_LAYERS)["attention"]["query"][0]]
     assert len({float(np.ravel(leaf)[0] / np.std(leaf)) for leaf in leaves}) == len(leaves)
 
 
 def test_initial_spread():
-    config = preset("tiny")
-    params = init_params(config, 0)
-    moe = params["layers"]["moe"]
-    assert np.all(moe["ffn_norm"] == 1) and np.all(params["final_norm"] == 1)
+    layers = initial_layers(MANY_LAYERS)  # of a model of two layers whose init_std is 0.3
     for leaf, std in (
-        (params["embedding"], 0.02),
-        (moe["attention"]["query"], 0.02),
-        (moe["attention"]["output"], 0.02 / 8**0.5),
-        (moe["ffn"]["router"], 0.02),
-        (moe["ffn"]["experts"]["down"], 0.02 / 8**0.5),
+        (layers["attention"]["query"], 0.3),
+        (layers["attention"]["output"], 0.3 / 2),
+        (layers["ffn"]["router"], 0.3),
+        (layers["ffn"]["experts"]["gate_up"], 0.3),
+        (layers["ffn"]["experts"]["down"], 0.3 / 2),
     ):
         np.testing.assert_allclose(np.std(leaf), std, rtol=0.05)
         assert abs(np.mean(leaf)) < 0.05 * std
+    for norm in (layers["attention_norm"], layers["ffn_norm"], layers["attention"]["key_norm"]):
+        assert np.all(norm == 1)
+    assert np.all(layers["attention"]["key_bias"] == 0)
 
 
-def test_tied_embeddings_have_no_head():
-    assert "head" not in random_params(model(embeddings="tied"))
-    assert random_params(model())["head"].shape == (V, D)
+def test_names_of_initial_values():
+    experts = initial_layers(3)["ffn"]["experts"]
+    expected = normal("layers/ffn/experts/down", (12, D), seed=7, layer=3, expert=2, std=0.3 / 2)
+    np.testing.assert_array_equal(experts["down"][2], expected)
+
+
+def test_outer_parameters():
+    tied, untied = (transformer.init_outer(model(embeddings=kind), 0) for kind in ("tied", "untied"))
+    assert set(tied) == {"embedding", "final_norm"}
+    assert untied["head"].shape == untied["embedding"].shape == (V, D)
+    assert not np.array_equal(untied["head"], untied["embedding"])
+    np.testing.assert_array_equal(tied["embedding"], untied["embedding"])
+    assert np.all(tied["final_norm"] == 1)
 
 
 def test_cast_keeps_router_and_norms():
