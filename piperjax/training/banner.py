@@ -24,16 +24,15 @@ def banner(config: TrainConfig, platform: Platform, abstract_params: Any, data: 
       abstract_params: `Executor.abstract_params`.
       data: one line about the text.
     """
-    plan, model = config.plan, config.model
-    tokens = config.tokens_per_step
+    plan, tokens = config.plan, config.tokens_per_step
     params_bytes = bytes_per_device(abstract_params)
     rows = {
-        "model": _model(model),
-        "mesh": f"pipe {plan.pipe} x data {plan.data} x expert {plan.expert} = {plan.num_devices} devices, "
-        f"{platform.name}: {platform.description}",
-        "schedule": f"{plan.schedule}, {plan.num_microbatches} microbatches of {plan.microbatch_size} sequences, "
-        f"{plan.dispatch} dispatch, {_capacity(plan)}, {config.dtype}",
-        "stages": " | ".join(_stages(model, plan)),
+        "model": _model(config.model),
+        "mesh": f"pipe {plan.pipe} x data {plan.data} x expert {plan.expert} = "
+        f"{_count(plan.num_devices, 'device')}, {platform.name}: {platform.description}",
+        "schedule": f"{plan.schedule}, {_count(plan.num_microbatches, 'microbatch')} of "
+        f"{_count(plan.microbatch_size, 'sequence')}, {plan.dispatch} dispatch, {_capacity(plan)}, {config.dtype}",
+        "stages": " | ".join(_stages(config.model, plan)),
         "memory": f"per device {gib(params_bytes)} parameters, {gib(len(Moments._fields) * params_bytes)} optimizer",
         "batch": f"{plan.batch_size} sequences x {plan.seq_len} = {tokens:,} tokens per step; "
         f"{config.steps:,} steps = {si(tokens * config.steps)} tokens",
@@ -57,6 +56,11 @@ def _model(model: ModelConfig) -> str:
     if model.num_experts:
         experts = f", {model.num_experts} experts, {model.experts_per_token} per token"
     return f"{model.name}: {model.num_layers} layers{experts}; {si(total)} parameters, {si(active)} active per token"
+
+
+def _count(number: int, noun: str) -> str:
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def _capacity(plan: Plan) -> str:

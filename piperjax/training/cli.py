@@ -296,6 +296,8 @@ def requested_sizes(args: argparse.Namespace) -> dict[str, int]:
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             raise ValueError(f"{AXIS_FLAGS[axis]} must be at least 1, or -1 to take what is left, got {size}")
+    if args.microbatches is not None and args.microbatches < 1:
+        raise ValueError(f"--microbatches must be at least 1, got {args.microbatches}")
     if list(sizes.values()).count(-1) > 1:
         raise ValueError("only one axis can be -1, the one that takes the devices which are left")
     return sizes

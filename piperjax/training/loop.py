@@ -17,7 +17,7 @@ from piperjax.planner.plan import default_plan
 from piperjax.runtime.executor import Executor
 from piperjax.training import banner, distributed
 from piperjax.training.checkpoint import Checkpoints
-from piperjax.training.config import BYTE_TOKENIZER, STANDARD_LIBRARY, TrainConfig
+from piperjax.training.config import TrainConfig
 from piperjax.training.data import Dataset, TrainBatches, load_dataset, open_tokenizer
 from piperjax.training.interrupt import Interrupt
 from piperjax.training.metrics import (
@@ -213,8 +213,8 @@ def _prepare(
     state, step = _restore(config, executor, checkpoints, dataset=dataset, printer=printer)
     metrics_file, mode = None, "none"
     if distributed.is_writer():
-        write_run_file(config, platform=asdict(platform), devices=_describe_devices(devices))
         metrics_file = cleanup.enter_context(closing(MetricsFile(Path(config.out), resume_step=step)))
+        write_run_file(config, platform=asdict(platform), devices=_describe_devices(devices))
         mode = config.log.progress
     printer = Printer(mode, num_steps=config.steps, step=step, stream=stream)
     cleanup.callback(printer.close)
@@ -255,10 +255,10 @@ def _load_text(config: TrainConfig, report: Callable[[str], None]) -> Dataset:
             f"has vocab_size {config.model.vocab_size}; add --set model.vocab_size={tokenizer.vocab_size}"
         )
     return load_dataset(
-        None if config.data.path == STANDARD_LIBRARY else config.data.path,
+        config.data.path,
         seq_len=config.data.seq_len,
-        tokenizer=None if config.data.tokenizer == BYTE_TOKENIZER else tokenizer,
-        cache_dir=config.data.cache_dir or None,
+        tokenizer=tokenizer,
+        cache_dir=config.data.cache_dir,
         validation_fraction=config.data.validation_fraction,
         report=report,
     )

@@ -27,6 +27,9 @@ FIXED = (
     "data.seed",
 )
 
+# What follows from other fields, or from where the directory lies, and would only lengthen the line.
+_DERIVED = ("out", "plan.expert_factors", "plan.layers_per_stage")
+
 
 def write_run_file(config: TrainConfig, *, platform: Mapping[str, Any], devices: Mapping[str, Any]) -> None:
     """Writes run.json into the run directory, whole or not at all.
@@ -95,12 +98,16 @@ def check_same_run(saved: Mapping[str, Any], config: TrainConfig, *, where: str)
     """
     differences = list(_differences(saved, json.loads(json.dumps(config.to_dict()))))
     for path, before, now in differences:
-        if path.startswith(FIXED):
+        if any(path == fixed or path.startswith((f"{fixed}.", f"{fixed}[")) for fixed in FIXED):
             raise ValueError(
                 f"{where} holds a run in which {path} was {_short(before)}, but now it is {_short(now)}; "
                 "choose another --out for a new run, or keep the old value to go on"
             )
-    return [f"{path} {_short(before)} -> {_short(now)}" for path, before, now in differences if path != "out"]
+    return [
+        f"{path} {_short(before)} -> {_short(now)}"
+        for path, before, now in differences
+        if path not in _DERIVED
+    ]
 
 
 def _differences(before: Any, now: Any, path: str = "") -> Any:
@@ -108,7 +115,12 @@ def _differences(before: Any, now: Any, path: str = "") -> Any:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*before, *now]):
             yield from _differences(before.get(name), now.get(name), f"{path}.{name}" if path else name)
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+    elif (
+        path.startswith("model")
+        and isinstance(before, list)
+        and isinstance(now, list)
+        and len(before) == len(now)
+    ):
         for index, (old, new) in enumerate(zip(before, now, strict=True)):
             yield from _differences(old, new, f"{path}[{index}]")
     elif before != now:

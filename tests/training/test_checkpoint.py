@@ -30,9 +30,25 @@ def assert_equal(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
-def saved_run(tmp_path, executor, bigram, steps=(2, 4)):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Where the run that every test copies is kept, and its snapshots."""
+    return tmp_path_factory.mktemp("saved"), {}
+
+
+@pytest.fixture
+def run(saved, tmp_path, executor, bigram):
+    """A directory with checkpoints of steps 2 and 4, and {step: the state that was saved}."""
+    directory, snapshots = saved
+    if not snapshots:
+        snapshots.update(save_run(directory, executor, bigram))
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    return tmp_path, snapshots
+
+
+def save_run(directory, executor, bigram, steps=(2, 4)):
     """Saves at the given steps, training on at once after each save."""
-    checkpoints = Checkpoints(tmp_path, KEEP_ALL)
+    checkpoints = Checkpoints(directory, KEEP_ALL)
     state, done, snapshots = init_state(executor, 0), 0, {}
     for step in steps:
         state = train(executor, bigram, state, range(done, step))
@@ -47,8 +63,8 @@ def saved_run(tmp_path, executor, bigram, steps=(2, 4)):
     return snapshots
 
 
-def test_state_returns_bit_equal_and_training_goes_on_bit_equal(tmp_path, executor, bigram):
-    snapshots = saved_run(tmp_path, executor, bigram)
+def test_state_returns_bit_equal_and_training_goes_on_bit_equal(run, executor, bigram):
+    tmp_path, snapshots = run
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.steps == (2, 4) and checkpoints.latest_step == 4
     state = checkpoints.restore(2, executor)
@@ -58,8 +74,8 @@ def test_state_returns_bit_equal_and_training_goes_on_bit_equal(tmp_path, execut
 
 
 @pytest.mark.parametrize(("pipe", "num_devices"), [(1, 1), (2, 4), (4, 2)])
-def test_state_moves_to_another_layout(tmp_path, executor, bigram, pipe, num_devices):
-    snapshots = saved_run(tmp_path, executor, bigram)
+def test_state_moves_to_another_layout(run, executor, bigram, pipe, num_devices):
+    tmp_path, snapshots = run
     other = bigram.executor(executor.config, pipe=pipe, num_devices=num_devices)
     state = Checkpoints(tmp_path).restore(4, other)
     assert_equal(other.to_logical(state.params), executor.to_logical(snapshots[4].params))
@@ -68,14 +84,14 @@ def test_state_moves_to_another_layout(tmp_path, executor, bigram, pipe, num_dev
     assert int(state.step) == 4
 
 
-def test_description_comes_back(tmp_path, executor, bigram):
-    saved_run(tmp_path, executor, bigram)
+def test_description_comes_back(run, executor, bigram):
+    tmp_path, _ = run
     description = Checkpoints(tmp_path).describe(4)
     assert (description["note"], description["step"], description["format"]) == ("at 4", 4, 1)
 
 
-def test_parameters_alone_can_be_read(tmp_path, executor, bigram):
-    snapshots = saved_run(tmp_path, executor, bigram)
+def test_parameters_alone_can_be_read(run, executor, bigram):
+    tmp_path, snapshots = run
     bias = jax.ShapeDtypeStruct((4, 4), np.float32, sharding=init_state(executor, 0).step.sharding)
     params, router_bias = Checkpoints(tmp_path).restore_params(4, (executor.abstract_logical, bias))
     assert_equal(params, executor.to_logical(snapshots[4].params))
@@ -97,8 +113,8 @@ def test_newest_and_best_are_kept(tmp_path, executor):
     assert checkpoints.steps == (2, 6) and checkpoints.best_step == 2
 
 
-def test_a_saved_step_is_never_written_again(tmp_path, executor, bigram):
-    saved_run(tmp_path, executor, bigram)
+def test_a_saved_step_is_never_written_again(run, executor, bigram):
+    tmp_path, _ = run
     before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "checkpoints/4").rglob("*"))
     checkpoints = Checkpoints(tmp_path, KEEP_ALL)
     checkpoints.save(4, executor, init_state(executor, 1), description={})
@@ -108,8 +124,8 @@ def test_a_saved_step_is_never_written_again(tmp_path, executor, bigram):
     )
 
 
-def test_leftovers_of_a_crash_are_ignored(tmp_path, executor, bigram):
-    saved_run(tmp_path, executor, bigram)
+def test_leftovers_of_a_crash_are_ignored(run, executor, bigram):
+    tmp_path, _ = run
     shutil.copytree(tmp_path / "checkpoints/4", tmp_path / "checkpoints/9.orbax-checkpoint-tmp-1")
     assert Checkpoints(tmp_path).latest_step == 4
 
@@ -140,12 +156,12 @@ def remove_description(directory):
 
 
 def truncate_description(directory):
-    path = next(path for path in (directory / "description").iterdir())
+    path = directory / "description/metadata"
     path.write_text(path.read_text()[:20])
 
 
 def empty_description(directory):
-    next(path for path in (directory / "description").iterdir()).write_text("{}")
+    (directory / "description/metadata").write_text("{}")
 
 
 def drop_everything(directory):
@@ -165,8 +181,8 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_damage_is_found_and_the_way_out_named(tmp_path, executor, bigram, damage):
-    saved_run(tmp_path, executor, bigram)
+def test_damage_is_found_and_the_way_out_named(run, executor, bigram, damage):
+    tmp_path, _ = run
     damage(tmp_path / "checkpoints/4")
     with pytest.raises(ValueError) as caught:
         Checkpoints(tmp_path).restore(4, executor)
@@ -176,17 +192,17 @@ def test_damage_is_found_and_the_way_out_named(tmp_path, executor, bigram, damag
     assert int(Checkpoints(tmp_path).restore(2, executor).step) == 2
 
 
-def test_other_formats_are_refused(tmp_path, executor, bigram):
-    saved_run(tmp_path, executor, bigram)
-    path = next(path for path in (tmp_path / "checkpoints/4/description").iterdir())
+def test_other_formats_are_refused(run, executor, bigram):
+    tmp_path, _ = run
+    path = tmp_path / "checkpoints/4/description/metadata"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 7}))
     with pytest.raises(ValueError, match="has format 7, but this version reads format 1; resume it with"):
         Checkpoints(tmp_path).restore(4, executor)
 
 
 @pytest.mark.parametrize("changes", [{"vocab_size": 40}, {"num_layers": 3}])
-def test_other_models_are_refused(tmp_path, executor, bigram, changes):
-    saved_run(tmp_path, executor, bigram)
+def test_other_models_are_refused(run, executor, bigram, changes):
+    tmp_path, _ = run
     other = bigram.executor(bigram.model(**changes))
     with pytest.raises(
         ValueError, match=r"belongs to another model: first_moment/.* is \[.*\] there and \[.*\] here"

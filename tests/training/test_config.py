@@ -77,7 +77,11 @@ def test_configuration_survives_json(plan):
         (DataConfig, {"batch_size": 0}, "data.batch_size must be a whole number of at least 1, got 0"),
         (DataConfig, {"batch_size": 2.5}, "data.batch_size must be a whole number of at least 1, got 2.5"),
         (DataConfig, {"seq_len": 1}, "data.seq_len must be a whole number of at least 2"),
-        (DataConfig, {"validation_fraction": 1.0}, "strictly between 0 and 1, got 1.0"),
+        (
+            DataConfig,
+            {"validation_fraction": 1.0},
+            "data.validation_fraction must be a number from 0 to below 1, got 1.0",
+        ),
         (CheckpointConfig, {"keep": 0}, "checkpoint.keep must be a whole number of at least 1"),
         (LogConfig, {"log_every": True}, "log.log_every must be a whole number of at least 1, got True"),
         (LogConfig, {"progress": "fancy"}, "log.progress must be one of auto, bar, plain, none, got 'fancy'"),
