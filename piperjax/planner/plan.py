@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from models.cost import layer_flop, total_parameters
 
 from meshes.platform import Platform
+from models import cost
 from models.config import ModelConfig
 from piperjax.planner.partition import partition_layers
 from piperjax.schedules import classic
@@ -171,6 +171,7 @@ def default_plan(
             f"{pipe * data * expert}; give -1 to one of them to fill it"
         )
     _check_expert(model, expert)
+    layer_costs = tuple(float(layer.total) for layer in cost.flop_per_token(model, seq_len).layers)
     return Plan(
         pipe=pipe,
         data=data,
@@ -178,7 +179,7 @@ def default_plan(
         expert_factors=platform.expert_factors(expert=expert, pipe=pipe, data=data),
         schedule=classic.ALIASES.get(schedule, schedule),
         num_microbatches=num_microbatches or _default_microbatches(batch_size, pipe, data * expert),
-        layers_per_stage=partition_layers(layer_flop(model, seq_len), pipe),
+        layers_per_stage=partition_layers(layer_costs, pipe),
         batch_size=batch_size,
         seq_len=seq_len,
         memory_mode=memory_mode,
@@ -214,7 +215,7 @@ def _default_pipe(
     memory_bytes = platform.device.memory_bytes
     if not memory_bytes:
         return 1
-    state_bytes = STATE_BYTES_PER_PARAMETER * total_parameters(model) / expert
+    state_bytes = STATE_BYTES_PER_PARAMETER * cost.parameters(model).total / expert
     choices = [d for d in _divisors(max(1, remaining)) if d <= model.num_layers]
     fits = [d for d in choices if state_bytes / d <= MEMORY_FRACTION_FOR_STATE * memory_bytes]
     return min(fits) if fits else max(choices)
