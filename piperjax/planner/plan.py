@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-
 from meshes.platform import Platform
 from models import cost
 from models.config import ModelConfig
