@@ -51,11 +51,12 @@ def bytes_per_device(abstract: Any) -> int:
 
 
 def _model(model: ModelConfig) -> str:
-    total, active = cost.total_parameters(model), cost.active_parameters(model)
+    parameters = cost.parameters(model)
     experts = ""
     if model.num_experts:
         experts = f", {model.num_experts} experts, {model.experts_per_token} per token"
-    return f"{model.name}: {model.num_layers} layers{experts}; {si(total)} parameters, {si(active)} active per token"
+    size = f"{si(parameters.total)} parameters, {si(parameters.active)} active per token"
+    return f"{model.name}: {model.num_layers} layers{experts}; {size}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -194,12 +194,13 @@ class Checkpoints:
                 )
 
     def _damaged(self, step: int, error: Exception) -> ValueError:
+        path = self.directory / str(step)
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        if isinstance(error, PermissionError) or "PERMISSION_DENIED" in reason:
+            return ValueError(f"checkpoint {path} may not be read by this user; change its permissions")
         earlier = [other for other in self.steps if other < step]
         advice = f"to resume from step {earlier[-1]}" if earlier else "to start anew"
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        return ValueError(
-            f"checkpoint {self.directory / str(step)} is damaged ({reason}); delete that directory {advice}"
-        )
+        return ValueError(f"checkpoint {path} is damaged ({reason}); delete that directory {advice}")
 
 
 def _preservation(config: CheckpointConfig) -> policies.PreservationPolicy:

@@ -224,7 +224,7 @@ def _prepare(
         dataset=dataset,
         work=Work(
             tokens=config.tokens_per_step,
-            flop=config.tokens_per_step * cost.train_flop_per_token(config.model, plan.seq_len),
+            flop=config.tokens_per_step * cost.flop_per_token(config.model, plan.seq_len).step,
             num_devices=len(devices),
             peak_flop_per_second=platform.device.peak_flop_per_second.get(config.dtype, 0.0),
         ),

@@ -3,6 +3,7 @@
 A case is a command line, what is broken beforehand, and words of the sentence.
 """
 
+import gc
 import gzip
 import json
 import os
@@ -380,6 +381,7 @@ def test_runs_and_checkpoints(here, capfd, damage, flags, words):
     before = contents(here)
     argv = flags.split() if "--resume" in flags else [*DONE.split(), *flags.split()]
     code = cli.main(argv + (["--devices", "1"] if "--resume" in flags else []))
+    gc.collect()
     assert_one_sentence(capfd, code, words)
     assert contents(here) == before
 

@@ -1,0 +1,65 @@
+"""Tests of what a run prints first."""
+
+import jax
+import pytest
+
+from meshes.platform import load_platform
+from models.presets import preset
+from piperjax.planner.plan import Plan
+from piperjax.training.banner import banner, bytes_per_device
+from piperjax.training.config import TrainConfig
+
+
+def make_plan(**changes):
+    values = dict(
+        pipe=2,
+        data=1,
+        expert=4,
+        expert_factors=(1, 1, 4),
+        schedule="one_f_one_b",
+        num_microbatches=4,
+        layers_per_stage=(3, 1),
+        batch_size=16,
+        seq_len=128,
+    )
+    return Plan(**(values | changes))
+
+
+def test_banner_drawn_out(executor):
+    config = TrainConfig(model=preset("tiny"), plan=make_plan(), out="runs/tiny")
+    lines = banner(config, load_platform("cpu8"), executor.abstract_params, "some text").splitlines()
+    parameters = bytes_per_device(executor.abstract_params) / 1024
+    assert lines == [
+        "model     tiny: 4 layers, 8 experts, 2 per token; 2.82M parameters, 1.05M active per token",
+        "mesh      pipe 2 x data 1 x expert 4 = 8 devices, cpu8: eight simulated devices in two nodes of four",
+        "schedule  one_f_one_b, 4 microbatches of 4 sequences, flat dispatch, dropless, float32",
+        "stages    0: layers 0-2 (1 dense, 2 moe) | 1: layer 3 (1 moe)",
+        f"memory    per device {parameters:.1f} KiB parameters, {2 * parameters:.1f} KiB optimizer",
+        "batch     16 sequences x 128 = 2,048 tokens per step; 300 steps = 614k tokens",
+        "data      some text",
+        "run       runs/tiny",
+    ]
+
+
+def test_one_of_each_is_singular_and_capacity_is_told(executor):
+    plan = make_plan(
+        pipe=1, expert=1, expert_factors=(1, 1, 1), num_microbatches=1, layers_per_stage=(4,), batch_size=1,
+        capacity_factor=1.25,
+    )  # fmt: skip
+    import dataclasses
+
+    config = TrainConfig(model=preset("tiny"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=1))
+    text = banner(dataclasses.replace(config, plan=plan), load_platform("cpu"), executor.abstract_params, "")
+    assert (
+        "= 1 device, cpu" in text
+        and "1 microbatch of 1 sequence, flat dispatch, capacity factor 1.25" in text
+    )
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_bytes_per_device_are_those_of_the_shards(bigram, num_devices):
+    executor = bigram.executor(bigram.model(), num_devices=num_devices)
+    params = executor.init_params(0)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+    assert bytes_per_device(executor.abstract_params) == held
