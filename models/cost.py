@@ -1,8 +1,8 @@
 """This file is the price of a model on one device: parameters, FLOP, activation bytes, all-to-all bytes.
 
-Everything is counted part by part and unsharded; the planner divides it among devices. FLOP are those of matrix
-products, two per multiply-add, per token. Shape letters: D d_model, N heads, K key-value heads, H head_dim,
-F d_ff, E experts, k experts per token, S seq_len.
+Everything is counted part by part and unsharded; the planner divides it among devices. FLOP are those
+of matrix products, two per multiply-add, per token. Shape letters: D d_model, N heads, K key-value
+heads, H head_dim, F d_ff, E experts, k experts per token, S seq_len.
 """
 
 import dataclasses
@@ -186,8 +186,9 @@ def layer_parameters(config: ModelConfig, layer: LayerConfig) -> LayerParameters
 def flop_per_token(config: ModelConfig, seq_len: int) -> ModelFlop:
     """Counts the FLOP of a model per token in sequences of `seq_len`.
 
-    The step total is 6 (active - embedding) + 3 L S N (d_qk + d_v) but for the norms: the formula that the
-    published rates of vendors imply (Narayanan et al., arXiv:2104.04473, appendix, with only the causal half).
+    The step total is 6 (active - embedding) + 3 L S N (d_qk + d_v) but for the norms: the formula that
+    the published rates of vendors imply (Narayanan et al., arXiv:2104.04473, appendix, with only the
+    causal half).
     """
     layers = tuple(layer_flop(config, layer, seq_len) for layer in config.layers)
     return ModelFlop(layers=layers, head=2 * config.vocab_size * config.d_model)
@@ -249,8 +250,8 @@ def all_to_all_bytes(config: ModelConfig, layer: LayerConfig, *, itemsize: int =
     """Counts the bytes of rows that one token sends in one all-to-all of a layer: k D itemsize.
 
     A step has four of them per MoE layer, dispatch and combine, forward and backward, and six when the
-    forward is recomputed. With the experts spread over X devices, 1/X of the rows stay where they are; sending
-    a token once per node saves more. A dense layer sends nothing.
+    forward is recomputed. With the experts spread over X devices, 1/X of the rows stay where they are;
+    sending a token once per node saves more. A dense layer sends nothing.
     """
     k = layer.ffn.experts_per_token if isinstance(layer.ffn, MoEFFN) else 0
     return k * config.d_model * itemsize

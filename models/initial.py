@@ -1,9 +1,9 @@
 """This file is the initial value of a weight: a function of (seed, name, layer, expert) and nothing else.
 
-`jax.random` would do but for two things: its normal numbers differ in the last bits between programs and
-between backends, and its generator takes long to compile (eight times as long as this one for the tiny model).
-Here all is integer arithmetic up to one exact conversion and one multiplication, so a seed means the same model
-on every mesh, on every backend and in every version of JAX.
+`jax.random` would do but for two things: its normal numbers differ in the last bits between programs
+and between backends, and its generator takes long to compile (eight times as long as this one for the
+tiny model). Here all is integer arithmetic up to one exact conversion and one multiplication, so a seed
+means the same model on every mesh, on every backend and in every version of JAX.
 """
 
 import math

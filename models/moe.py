@@ -34,7 +34,9 @@ def route(logits: jax.Array, bias: jax.Array, *, k: int, router: Router) -> tupl
 def balance_loss(
     logits: jax.Array, load: jax.Array, *, k: int, router: Router, context: LayerContext
 ) -> jax.Array:
-    """Returns this device's share of the layer's auxiliary losses; the shares of all devices add up to
+    """Returns this device's share of the auxiliary losses of a layer.
+
+    The shares of all devices add up to
 
         coefficient * E * sum_e f_e p_e  +  z_coefficient * mean(logsumexp(logits)^2)
 

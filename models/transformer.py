@@ -136,7 +136,7 @@ def init_layers(
 
 def _draw(config: ModelConfig, name: str, shape: tuple[int, ...], *, seed, layer, expert) -> jax.Array:
     """Returns the initial value of a weight: normal, ones for norms, zeros for biases."""
-    last = name.split("/")[-1]
+    last = name.rsplit("/", maxsplit=1)[-1]
     if last.endswith("norm"):
         return jnp.ones(shape, jnp.float32)
     if last.endswith("bias"):

@@ -88,7 +88,7 @@ def moe(**changes):
         ),
         (lambda: moe(router="softmax"), "router of a MoEFFN must be a Router, got 'softmax'"),
         (lambda: LayerConfig(attention=DENSE, ffn=moe()), "attention of a LayerConfig must be a Grouped"),
-        (lambda: model(), r"layers must be a non-empty tuple of LayerConfig, got \(\)"),
+        (model, r"layers must be a non-empty tuple of LayerConfig, got \(\)"),
         (lambda: model(DENSE, ATTENTION), "layers must hold LayerConfig only, got Grouped.* at layer 1"),
         (lambda: model(DENSE, name=""), "name of a ModelConfig must be a non-empty string"),
         (lambda: model(DENSE, embeddings="shared"), "embeddings .* must be one of 'tied', 'untied'"),
