@@ -32,6 +32,7 @@ from models.config import ModelConfig
 from models.moe import LayerContext
 from piperjax.planner.plan import Plan
 from piperjax.runtime import layout as layouts
+from piperjax.runtime import slots
 from piperjax.runtime.dispatch import make_experts
 from piperjax.runtime.grouped_matmul import grouped_matmul
 from piperjax.runtime.stage import LayerTable, Stage, Totals
@@ -337,17 +338,15 @@ class _Step:
         inputs, gradients = carry.inputs, carry.gradients
         for channel, shift in enumerate(self.lowered.forward_channels):
             arrived = _shifted(carry.y, shift, self.plan.pipe)
-            inputs = lax.dynamic_update_index_in_dim(inputs, arrived, rank["input_arrival"][channel], 0)
+            inputs = slots.write(inputs, arrived, rank["input_arrival"][channel])
         for channel, shift in enumerate(self.lowered.backward_channels):
             arrived = _shifted(carry.g, shift, self.plan.pipe)
-            gradients = lax.dynamic_update_index_in_dim(
-                gradients, arrived, rank["gradient_arrival"][channel], 0
-            )
+            gradients = slots.write(gradients, arrived, rank["gradient_arrival"][channel])
         return carry._replace(inputs=inputs, gradients=gradients)
 
     def _embedding(self, carry: _Carry, tick: dict) -> jax.Array:
         def look_up():
-            tokens = self.batch["tokens"][tick["embedding_microbatch"]]
+            tokens = slots.read(self.batch["tokens"], tick["embedding_microbatch"])
             return embed(self.params["embedding"], tokens)
 
         return lax.cond(tick["embedding_on"] == 1, look_up, lambda: vary(jnp.zeros_like(carry.y)))
@@ -356,15 +355,13 @@ class _Step:
         def run(carry):
             x = embedded
             if self.lowered.num_input_slots:
-                arrived = carry.inputs[rank["forward_input"]]
+                arrived = slots.read(carry.inputs, rank["forward_input"])
                 x = jnp.where(rank["forward_is_first"] == 1, embedded, arrived)
             keep = (None, None)
             if self.lowered.has_backward:
 
                 def write(stash, position, x):
-                    return lax.dynamic_update_slice(
-                        stash, x[None, None], _indices(rank["forward_stash"], position, stash.ndim)
-                    )
+                    return slots.write(stash, x, rank["forward_stash"], position)
 
                 keep = (write, carry.stash)
             y, totals, stash = self.stage.forward(
@@ -389,8 +386,8 @@ class _Step:
             is_owner = (rank["forward_is_last"] == 1) & (rank["forward_on"] == 1)
             result = head_loss(
                 from_owner(carry.y, is_owner),
-                self.batch["targets"][microbatch],
-                self.batch["weights"][microbatch],
+                slots.read(self.batch["targets"], microbatch),
+                slots.read(self.batch["weights"], microbatch),
                 head=self.params[head_name],
                 final_norm=self.params["final_norm"],
                 norm_eps=self.config.norm_eps,
@@ -405,9 +402,7 @@ class _Step:
             grads = dict(carry.grads)
             grads[head_name] = grads[head_name] + result.head.astype(grads[head_name].dtype)
             grads["final_norm"] = grads["final_norm"] + result.final_norm.astype(grads["final_norm"].dtype)
-            gradients = lax.dynamic_update_index_in_dim(
-                carry.gradients, result.hidden, rank["head_gradient"], 0
-            )
+            gradients = slots.write(carry.gradients, result.hidden, rank["head_gradient"])
             return carry._replace(grads=grads, gradients=gradients)
 
         return lax.cond(tick["head_on"] == 1, run, lambda carry: carry, carry)
@@ -415,15 +410,14 @@ class _Step:
     def _backward(self, carry: _Carry, rank: dict) -> _Carry:
         def run(carry):
             def read(position):
-                start = _indices(rank["backward_stash"], position, carry.stash.ndim)
-                return lax.dynamic_slice(carry.stash, start, (1, 1, *carry.stash.shape[2:]))[0, 0]
+                return slots.read(carry.stash, rank["backward_stash"], position)
 
             g, layers = self.stage.backward(
                 self.params["layers"],
                 self.table,
                 rank["backward_chunk"],
                 read,
-                carry.gradients[rank["backward_gradient"]],
+                slots.read(carry.gradients, rank["backward_gradient"]),
                 context_of=self._context_of(rank["backward_microbatch"]),
                 scale=self.aux_scale,
                 grads=carry.grads["layers"],
@@ -435,7 +429,7 @@ class _Step:
     def _embedding_gradient(self, carry: _Carry, rank: dict, tick: dict) -> _Carry:
         def run(carry):
             is_owner = (rank["backward_is_first"] == 1) & (rank["backward_on"] == 1)
-            tokens = self.batch["tokens"][tick["embedding_gradient_microbatch"]]
+            tokens = slots.read(self.batch["tokens"], tick["embedding_gradient_microbatch"])
             total = add_embedding_gradient(carry.grads["embedding"], tokens, from_owner(carry.g, is_owner))
             return carry._replace(grads={**carry.grads, "embedding": total})
 
@@ -443,13 +437,17 @@ class _Step:
 
     def _context_of(self, microbatch: jax.Array):
         """Layer context of a microbatch, as a function of the index among MoE layers."""
-        positions, segment_ids = (self.batch[name][microbatch] for name in ("positions", "segment_ids"))
+        positions, segment_ids = (
+            slots.read(self.batch[name], microbatch) for name in ("positions", "segment_ids")
+        )
 
         def context(moe_index):
             return LayerContext(
                 positions=positions,
                 segment_ids=segment_ids,
-                router_bias=self.router_bias[moe_index] if self.config.moe_layers else self.router_bias,
+                router_bias=slots.read(self.router_bias, moe_index)
+                if self.config.moe_layers
+                else self.router_bias,
                 experts=self.experts,
                 grouped_matmul=grouped_matmul,
                 all_sum=_sum_over_batch,
@@ -467,11 +465,6 @@ def _shifted(x: jax.Array, shift: int, size: int) -> jax.Array:
     if shift == 0:
         return x
     return lax.ppermute(x, PIPE, [(rank, (rank + shift) % size) for rank in range(size)])
-
-
-def _indices(slot: jax.Array, position, ndim: int) -> tuple:
-    zero = jnp.zeros((), jnp.int32)
-    return (slot, jnp.asarray(position, jnp.int32), *([zero] * (ndim - 2)))
 
 
 def _masked(leaf: jax.Array, held: np.ndarray) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from piperjax.runtime import slots
 from piperjax.runtime.layout import LayerLayout
 from piperjax.runtime.varying import vary
 
@@ -86,7 +87,7 @@ class Stage:
             if write is not None and self.memory_mode == "layer":
                 stash = write(stash, position, x)
             x, aux, load, dropped = self._switch(
-                table.kind[chunk, position],
+                slots.read(table.kind, chunk, position),
                 [
                     self._forward_branch(kind, params, table, (chunk, position), context_of)
                     for kind in self.layout.kinds
@@ -95,7 +96,7 @@ class Stage:
                 x,
             )
             totals = Totals(
-                totals.aux + aux, totals.load.at[chunk, position].add(load), totals.dropped + dropped
+                totals.aux + aux, slots.add(totals.load, load, chunk, position), totals.dropped + dropped
             )
             return (x, totals, stash), None
 
@@ -121,13 +122,13 @@ class Stage:
             inputs = self._recompute(params, table, chunk, read(0), context_of)
 
             def read(position):
-                return lax.dynamic_index_in_dim(inputs, position, keepdims=False)
+                return slots.read(inputs, position)
 
         def body(carry, position):
             gradient, grads = carry
             x = read(position)
             carry = self._switch(
-                table.kind[chunk, position],
+                slots.read(table.kind, chunk, position),
                 [
                     self._backward_branch(kind, params, table, (chunk, position), context_of, scale)
                     for kind in self.layout.kinds
@@ -152,8 +153,8 @@ class Stage:
 
     def _slice(self, params: dict, kind: str, table: LayerTable, place: tuple) -> dict:
         chunk, position = place
-        index = table.index[chunk, position]
-        return jax.tree.map(lambda leaf: leaf[chunk, index], params[kind])
+        index = slots.read(table.index, chunk, position)
+        return jax.tree.map(lambda leaf: slots.read(leaf, chunk, index), params[kind])
 
     def _no_statistics(self, totals: Totals) -> tuple[jax.Array, ...]:
         return vary((jnp.zeros((), totals.aux.dtype), jnp.zeros(totals.load.shape[2:], totals.load.dtype),
@@ -161,7 +162,7 @@ class Stage:
 
     def _forward_branch(self, kind: str, params: dict, table: LayerTable, place: tuple, context_of):
         def run(x):
-            context = context_of(table.moe_index[place])
+            context = context_of(slots.read(table.moe_index, *place))
             y, aux, stats = self.functions[kind](self._slice(params, kind, table, place), x, context)
             return vary((y, aux, stats["load"], stats["dropped"]))
 
@@ -170,7 +171,7 @@ class Stage:
     def _backward_branch(self, kind: str, params: dict, table: LayerTable, place: tuple, context_of, scale):
         def run(operands):
             x, gradient, grads = operands
-            context = context_of(table.moe_index[place])
+            context = context_of(slots.read(table.moe_index, *place))
 
             def apply(weights, x):
                 y, aux, _ = self.functions[kind](weights, x, context)
@@ -179,10 +180,8 @@ class Stage:
             (_, aux), vjp = jax.vjp(apply, self._slice(params, kind, table, place), x)
             weight_grads, x_grad = vjp((gradient, scale.astype(aux.dtype)))
             chunk, position = place
-            at = (chunk, table.index[chunk, position])
-            added = jax.tree.map(
-                lambda total, g: total.at[at].add(g.astype(total.dtype)), grads[kind], weight_grads
-            )
+            at = (chunk, slots.read(table.index, chunk, position))
+            added = jax.tree.map(lambda total, g: slots.add(total, g, *at), grads[kind], weight_grads)
             return x_grad, {**grads, kind: added}
 
         return run
@@ -195,12 +194,14 @@ class Stage:
 
             def branch(kind):
                 def run(x):
-                    context = context_of(table.moe_index[place])
+                    context = context_of(slots.read(table.moe_index, *place))
                     return vary(self.functions[kind](self._slice(params, kind, table, place), x, context)[0])
 
                 return run
 
-            y = self._switch(table.kind[place], [branch(kind) for kind in self.layout.kinds], lambda x: x, x)
+            y = self._switch(
+                slots.read(table.kind, *place), [branch(kind) for kind in self.layout.kinds], lambda x: x, x
+            )
             return y, x
 
         return lax.scan(body, x, self._positions())[1]

@@ -1,0 +1,30 @@
+"""Reading and writing buffers at indices known only at run time, in place and without scatters.
+
+`buffer[i]` and `buffer.at[i].add(x)` say the same, but compile to gathers and scatters that check for negative
+indices; these are one dynamic slice and one dynamic update.
+"""
+
+import jax
+from jax import lax
+
+
+def read(buffer: jax.Array, *index: jax.Array) -> jax.Array:
+    """Returns `buffer[index]`, the leading dimensions indexed by int32 scalars within bounds."""
+    sizes = (*(1,) * len(index), *buffer.shape[len(index) :])
+    sliced = lax.dynamic_slice(buffer, _start(buffer, index), sizes, allow_negative_indices=False)
+    return lax.reshape(sliced, buffer.shape[len(index) :])
+
+
+def write(buffer: jax.Array, value: jax.Array, *index: jax.Array) -> jax.Array:
+    """Returns `buffer` with `value` at `index`."""
+    update = lax.reshape(value, (*(1,) * len(index), *value.shape))
+    return lax.dynamic_update_slice(buffer, update, _start(buffer, index), allow_negative_indices=False)
+
+
+def add(buffer: jax.Array, value: jax.Array, *index: jax.Array) -> jax.Array:
+    """Returns `buffer` with `value` added at `index`, in the dtype of `buffer`."""
+    return write(buffer, read(buffer, *index) + value.astype(buffer.dtype), *index)
+
+
+def _start(buffer: jax.Array, index: tuple) -> tuple:
+    return (*index, *(0,) * (buffer.ndim - len(index)))
