@@ -5,7 +5,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
-import jax.experimental.compilation_cache.compilation_cache
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -146,22 +145,10 @@ def make_batch(model, seed, shape=(2, 4, 16)):
     }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Tests of a module run the same small programs again and again; compiled ones are kept on disk meanwhile."""
-    jax.devices()  # All eight, before a test asks for fewer.
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+@pytest.fixture(scope="session", autouse=True)
+def all_devices():
+    """Starts JAX with all its devices before a test asks for fewer."""
+    return jax.devices()
 
 
 @pytest.fixture
