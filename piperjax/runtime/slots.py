@@ -5,11 +5,12 @@ indices; these are one dynamic slice and one dynamic update.
 """
 
 import jax
+import numpy as np
 from jax import lax
 
 
 def read(buffer: jax.Array, *index: jax.Array) -> jax.Array:
-    """Returns `buffer[index]`, the leading dimensions indexed by int32 scalars within bounds."""
+    """Returns `buffer[index]`, the leading dimensions indexed by int32 scalars, which must be within bounds."""
     sizes = (*(1,) * len(index), *buffer.shape[len(index) :])
     sliced = lax.dynamic_slice(buffer, _start(buffer, index), sizes, allow_negative_indices=False)
     return lax.reshape(sliced, buffer.shape[len(index) :])
@@ -27,4 +28,4 @@ def add(buffer: jax.Array, value: jax.Array, *index: jax.Array) -> jax.Array:
 
 
 def _start(buffer: jax.Array, index: tuple) -> tuple:
-    return (*index, *(0,) * (buffer.ndim - len(index)))
+    return (*index, *(np.int32(0),) * (buffer.ndim - len(index)))

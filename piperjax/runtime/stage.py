@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from piperjax.runtime import slots
@@ -80,7 +81,7 @@ class Stage:
         """
         write, stash = keep
         if write is not None and self.memory_mode == "stage":
-            stash = write(stash, 0, x)
+            stash = write(stash, np.int32(0), x)
 
         def body(carry, position):
             x, totals, stash = carry
@@ -119,7 +120,7 @@ class Stage:
           Gradient of the stage input [B, S, D], accumulators.
         """
         if self.memory_mode == "stage":
-            inputs = self._recompute(params, table, chunk, read(0), context_of)
+            inputs = self._recompute(params, table, chunk, read(np.int32(0)), context_of)
 
             def read(position):
                 return slots.read(inputs, position)
