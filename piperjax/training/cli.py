@@ -24,10 +24,10 @@ DEFAULT_MODEL = "tiny"
 DESCRIPTION = "Train a mixture-of-experts language model. The same command resumes when it was interrupted."
 EPILOG = """\
 examples:
-  python train.py                                    tiny model, text of Python's own library, one device
-  python train.py --devices 8 --pipe 2 --expert 4    the same on eight simulated devices
+  python train.py                                   tiny model, Python's own source text, one device
+  python train.py --devices 8 --pipe 2 --expert 4   the same on eight simulated devices
   python train.py --data 'books/*.txt' --model small --steps 5000 --out runs/books
-  python train.py --resume runs/books --steps 10000  go on, on whatever devices there are now
+  python train.py --resume runs/books --steps 9000  go on, on whatever devices there are now
   python train.py --set optimizer.peak_lr=1e-3 --set checkpoint.every_steps=50
 """
 
@@ -38,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="train.py",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
+        usage="train.py [flags]",
         allow_abbrev=False,
     )
     _add_what(parser)
@@ -132,6 +133,13 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="any field of the configuration (piperjax/training/config.py) by its dotted path, repeatable",
     )
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help as wide as the code."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=26, width=100)
 
 
 class _Parser(argparse.ArgumentParser):
