@@ -53,27 +53,6 @@ def test_forward_only_passes_through():
     assert lockstep(pack(forward_only(4, 6)), ActionCosts()).step_seconds == pytest.approx(9.0)
 
 
-def test_packed_one_f_one_b_drawn_out():
-    assert str(pack(one_f_one_b(2, 3))) == (
-        "rank 0 | 0F0 0F1     0F2+0B0 0B1     0B2\n"
-        "rank 1 | .   1F0+1B0 1F1+1B1 1F2+1B2 .  "
-    )  # fmt: skip
-
-
-def test_packed_one_f_one_b_is_the_wave():
-    for P, M in GRID:
-        ticks = pack(one_f_one_b(P, M)).tick_of()
-        for action, tick in ticks.items():
-            wave = action.microbatch + (action.stage if action.kind == "F" else 2 * (P - 1) - action.stage)
-            assert tick == wave
-
-
-def test_packed_in_flight_does_not_grow_with_microbatches():
-    for P in (1, 2, 4, 8):
-        expected = tuple(2 * (P - r) - 1 for r in range(P))
-        assert {pack(one_f_one_b(P, M)).peak_in_flight() for M in (4 * P, 8 * P)} == {expected}
-
-
 def test_negative_costs_are_refused():
     with pytest.raises(ValueError, match="forward seconds must not be negative, got -1.0"):
         ActionCosts(forward=-1.0)

@@ -1,0 +1,47 @@
+"""Packing into ticks: the wave that a person would draw, and memory that does not grow."""
+
+from piperjax.schedules.classic import gpipe, one_f_one_b
+from piperjax.schedules.schedule import parse
+from piperjax.schedules.ticks import pack
+
+GRID = [(P, M) for P in (1, 2, 3, 4, 7, 8, 16) for M in (1, 2, 5, 8, 33, 64)]
+
+
+def test_packed_one_f_one_b_drawn_out():
+    assert str(pack(one_f_one_b(2, 3))) == (
+        "rank 0 | 0F0 0F1     0F2+0B0 0B1     0B2\n"
+        "rank 1 | .   1F0+1B0 1F1+1B1 1F2+1B2 .  "
+    )  # fmt: skip
+
+
+def test_packed_one_f_one_b_is_the_wave():
+    for P, M in GRID:
+        ticks = pack(one_f_one_b(P, M)).tick_of()
+        for action, tick in ticks.items():
+            wave = action.microbatch + (action.stage if action.kind == "F" else 2 * (P - 1) - action.stage)
+            assert tick == wave
+
+
+def test_packed_in_flight_does_not_grow_with_microbatches():
+    for P in (1, 2, 4, 8):
+        expected = tuple(2 * (P - r) - 1 for r in range(P))
+        assert {pack(one_f_one_b(P, M)).peak_in_flight() for M in (4 * P, 8 * P)} == {expected}
+
+
+def test_gpipe_stays_gpipe():
+    table = pack(gpipe(3, 4))
+    ticks = table.tick_of()
+    for rank, actions in enumerate(table.schedule.ranks):
+        last_forward = max(ticks[a] for a in actions if a.kind == "F")
+        first_backward = min(ticks[a] for a in actions if a.kind == "B")
+        assert first_backward >= last_forward, rank
+    assert table.peak_in_flight() == (4, 4, 4)
+
+
+def test_weight_gradients_follow_their_input_gradient():
+    table = pack(parse("0F0 0I0 0F1 0I1 0W0 0W1", name="split"))
+    ticks = table.tick_of()
+    for action, tick in ticks.items():
+        if action.kind == "W":
+            assert tick >= ticks[action._replace(kind="I")]
+    assert len(ticks) == 6
