@@ -42,6 +42,7 @@ MAY_IMPORT = {
 # Modules without a test file of their own, and the test that would fail if they were wrong.
 TESTED_ELSEWHERE = {
     "piperjax/runtime/stage.py": "tests/runtime/test_executor.py",
+    "piperjax/runtime/step.py": "tests/runtime/test_executor.py",
     "piperjax/runtime/varying.py": "tests/runtime/test_executor.py",
     "piperjax/runtime/vocabulary.py": "tests/runtime/test_executor.py",
 }
