@@ -1,0 +1,66 @@
+"""What the compiler makes of a step: memory that does not follow microbatches, no scatter, GPU lowering."""
+
+import re
+
+import jax
+import pytest
+
+from benchmarks.cases import abstract_batch, compiled_step, make_executor, moe_model, router_bias
+from piperjax.training.config import OptimizerConfig
+from piperjax.training.optimizer import apply, init_moments
+
+
+def temp_bytes(schedule, num_microbatches):
+    executor = make_executor(moe_model(), pipe=4, schedule=schedule, num_microbatches=num_microbatches)
+    return compiled_step(executor).memory_analysis().temp_size_in_bytes
+
+
+def test_memory_does_not_follow_microbatches_under_one_f_one_b():
+    small, large = temp_bytes("one_f_one_b", 8), temp_bytes("one_f_one_b", 32)
+    assert large <= 1.01 * small
+    # GPipe keeps one input per layer and one gradient for every microbatch: the measurement can tell.
+    slot = 64 * 64 * 4
+    assert temp_bytes("gpipe", 16) - temp_bytes("gpipe", 8) == pytest.approx(8 * 2 * slot, rel=0.05)
+
+
+def without_embedding_gradient(hlo):
+    """HLO lines with a scatter, but for the one that adds up the rows of the embedding's gradient."""
+    lines = [line for line in hlo.splitlines() if re.search(r"= \S+ scatter\(", line)]
+    return [line for line in lines if "f32[256,64]" not in line and "f32[128,64]" not in line]
+
+
+@pytest.mark.parametrize("mesh", [dict(), dict(pipe=2, expert=2)])
+def test_nothing_in_the_layers_compiles_to_a_scatter(mesh):
+    executor = make_executor(moe_model(), num_microbatches=4, **mesh)
+    arguments = (executor.abstract_params, router_bias(executor.config), abstract_batch(executor))
+    lowered = jax.jit(executor.gradients).lower(*arguments)
+    text = lowered.as_text()
+    # One scatter is written in the whole step: the embedding's gradient. The compiler adds none.
+    assert text.count('"stablehlo.scatter"') == 1
+    assert without_embedding_gradient(lowered.compile().as_text()) == []
+
+
+def optimizer_step(executor):
+    """Gradients and AdamW in one function, as training compiles it."""
+
+    def step(params, moments, number, bias, batch):
+        grads, stats = executor.gradients(params, bias, batch)
+        return apply(OptimizerConfig(), 10, step=number, params=params, moments=moments, grads=grads), stats
+
+    return step
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_train_step_lowers_for_gpus_from_a_cpu(platform, dtype):
+    executor = make_executor(moe_model(), pipe=2, expert=2, data=2, num_microbatches=4, dtype=dtype)
+    params = executor.abstract_params
+    moments = jax.eval_shape(init_moments, params)
+    arguments = (params, moments, jax.ShapeDtypeStruct((), "int32"), router_bias(executor.config))
+    traced = jax.jit(optimizer_step(executor)).trace(*arguments, abstract_batch(executor))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "all_to_all" in text
+    assert "collective_permute" in text
+    # Expert matrices go through the Triton kernel, not through a dense or a ragged product.
+    assert re.search(r"triton", text)
+    assert "ragged_dot" not in text
