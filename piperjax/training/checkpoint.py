@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from piperjax.training import logical
 from piperjax.training.config import CheckpointConfig
-from piperjax.training.optimizer import Moments
-from piperjax.training.state import Executor, TrainState, replicated, router_bias_shape, state_shardings
+from piperjax.training.state import Executor, TrainState
 
 FORMAT = 1
 DIRECTORY = "checkpoints"
@@ -89,11 +87,11 @@ class Checkpoints:
         """
         if step in self.steps:
             return
-        arrays = _logical(executor, state)
+        arrays, contents = logical.to_logical(executor, state)
         described = {
             "format": FORMAT,
             "step": step,
-            "arrays": _contents(arrays),
+            "arrays": contents,
             **description,
         }
         items = ocp.args.Composite(
@@ -148,20 +146,20 @@ class Checkpoints:
           ValueError: if the checkpoint is damaged or belongs to another model.
         """
         description = self.describe(step)
-        abstract = _abstract_logical(executor)
+        abstract = logical.abstract_logical(executor)
         self._check_shapes(step, description["arrays"], abstract)
         items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
         try:
             arrays = self._manager.restore(step, args=items).arrays
         except Exception as error:  # orbax lets errors of json, tensorstore and the file system through
             raise self._damaged(step, error) from error
-        found = _contents(arrays)
+        found = logical.contents(arrays)
         wrong = [name for name, content in description["arrays"].items() if found[name] != content]
         if wrong:
             raise self._damaged(
                 step, ValueError(f"the values of {wrong[0]} differ from those that were saved")
             )
-        return _from_logical(executor, arrays, step)
+        return logical.from_logical(executor, arrays, step=step)
 
     def restore_params(self, step: int, abstract: Any) -> tuple[Any, jax.Array]:
         """Returns (logical parameters, router bias) of a step, for a program without optimizer.
@@ -185,7 +183,7 @@ class Checkpoints:
     def _check_shapes(self, step: int, saved: dict[str, Any], abstract: dict[str, Any]) -> None:
         """Compares what was saved with what the executor needs, before anything large is read."""
         shapes = {name: tuple(content["shape"]) for name, content in saved.items()}
-        needed = {name: leaf.shape for name, leaf in _leaves(abstract).items()}
+        needed = {name: leaf.shape for name, leaf in logical.named_leaves(abstract).items()}
         for name in sorted(shapes.keys() | needed.keys()):
             if shapes.get(name) != needed.get(name):
                 raise ValueError(
@@ -211,81 +209,6 @@ def _preservation(config: CheckpointConfig) -> policies.PreservationPolicy:
         keep_checkpoints_without_metrics=False,
     )
     return policies.AnyPreservationPolicy([policies.LatestN(config.keep), best])
-
-
-def _logical(executor: Executor, state: TrainState) -> dict[str, Any]:
-    """Returns what is saved. Every leaf is a buffer of its own: the next step donates those of the state."""
-    arrays = {
-        "params": executor.to_logical(state.params),
-        "first_moment": executor.to_logical(state.moments.first),
-        "second_moment": executor.to_logical(state.moments.second),
-    }
-    if state.router_bias.size:
-        arrays["router_bias"] = state.router_bias
-    return jax.tree.map(jnp.copy, arrays)
-
-
-def _from_logical(executor: Executor, arrays: dict[str, Any], step: int) -> TrainState:
-    shardings = state_shardings(executor)
-    return TrainState(
-        step=jax.device_put(np.int32(step), shardings.step),
-        params=executor.from_logical(arrays["params"]),
-        moments=Moments(
-            executor.from_logical(arrays["first_moment"]), executor.from_logical(arrays["second_moment"])
-        ),
-        router_bias=arrays.get("router_bias", jnp.zeros(router_bias_shape(executor.config), jnp.float32)),
-    )
-
-
-def _abstract_logical(executor: Executor) -> dict[str, Any]:
-    everywhere, shape = replicated(executor), router_bias_shape(executor.config)
-    logical = executor.abstract_logical
-
-    def moment(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
-
-    arrays = {
-        "params": logical,
-        "first_moment": jax.tree.map(moment, logical),
-        "second_moment": jax.tree.map(moment, logical),
-    }
-    if all(shape):  # arrays without elements cannot be stored
-        arrays["router_bias"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=everywhere)
-    return arrays
-
-
-def _leaves(tree: Any) -> dict[str, Any]:
-    """Returns "params/layers/moe/ffn/router" -> leaf."""
-    return {
-        "/".join(str(getattr(entry, "key", entry)) for entry in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-@jax.jit
-def _sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Sum modulo 2^32 of bit pattern x odd number of the place: exact, and so the same for every sharding."""
-
-    def total(leaf: jax.Array) -> jax.Array:
-        unsigned = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize]
-        words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-        place, stride = jnp.uint32(0), 1
-        for dimension in reversed(range(words.ndim)):
-            place = place + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dimension) * np.uint32(
-                stride % 2**32
-            )
-            stride *= words.shape[dimension]
-        return (words * (2 * place + 1)).sum(dtype=jnp.uint32)
-
-    return {name: total(leaf) for name, leaf in leaves.items()}
-
-
-def _contents(arrays: Any) -> dict[str, dict[str, Any]]:
-    """Returns shape and checksum of every array by name."""
-    leaves = _leaves(arrays)
-    sums = jax.device_get(_sums(leaves))
-    return {name: {"shape": list(leaf.shape), "checksum": int(sums[name])} for name, leaf in leaves.items()}
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
