@@ -201,9 +201,9 @@ def _prepare(
         )
     mesh = build_mesh(pipe=plan.pipe, data=plan.data, expert_factors=plan.expert_factors, devices=devices)
     executor = Executor(config.model, plan, mesh, config.dtype)
-    printer = Printer(
-        "none" if not distributed.is_writer() else "plain", num_steps=config.steps, stream=stream
-    )
+    mode = config.log.progress if distributed.is_writer() else "none"
+    printer = Printer(mode, num_steps=config.steps, stream=stream)
+    cleanup.callback(printer.close)
     dataset = _load_text(config, report=printer.line)
     printer.line(banner.banner(config, platform, executor.abstract_params, dataset.describe()))
     make_run_directory(config.out)
@@ -211,13 +211,10 @@ def _prepare(
         cleanup.enter_context(closing(RunLock(config.out)))
     checkpoints = cleanup.enter_context(closing(Checkpoints(config.out, config.checkpoint)))
     state, step = _restore(config, executor, checkpoints, dataset=dataset, printer=printer)
-    metrics_file, mode = None, "none"
+    metrics_file = None
     if distributed.is_writer():
         metrics_file = cleanup.enter_context(closing(MetricsFile(Path(config.out), resume_step=step)))
         write_run_file(config, platform=asdict(platform), devices=_describe_devices(devices))
-        mode = config.log.progress
-    printer = Printer(mode, num_steps=config.steps, step=step, stream=stream)
-    cleanup.callback(printer.close)
     return _Run(
         config=config,
         executor=executor,
@@ -334,6 +331,7 @@ def _batches(run: _Run) -> Iterator[dict[str, jax.Array]]:
 def _compiled(run: _Run, batch: dict[str, jax.Array]) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Returns the compiled train step; compiling is told and timed apart from the first step."""
     started = time.perf_counter()
+    run.printer.line("compiling the step, once")
     flags = distributed.stop_flags(run.executor.mesh, is_asked=False)
     compiled = make_train_step(run.executor, run.config).lower(run.state, batch, flags).compile()
     run.clock = time.perf_counter()

@@ -166,25 +166,24 @@ def read_metrics(directory: Path | str) -> list[Record]:
 
 
 class Printer:
-    """Prints lines, below them a progress bar where there is a terminal.
+    """Prints lines, and from the first step on a progress bar below them where there is a terminal.
 
     Args:
       mode: as `LogConfig.progress`.
       num_steps: length of the run.
-      step: steps already done.
       stream: where lines go; standard output by default. The bar goes to standard error.
     """
 
-    def __init__(self, mode: str, *, num_steps: int, step: int = 0, stream: TextIO | None = None):
+    def __init__(self, mode: str, *, num_steps: int, stream: TextIO | None = None):
         self._stream = stream or sys.stdout
-        self._silent = mode == "none"
-        self._bar = None
-        if mode == "bar" or (mode == "auto" and sys.stderr.isatty()):
-            self._bar = tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True, leave=False)
+        self._is_silent = mode == "none"
+        self._has_bar = mode == "bar" or (mode == "auto" and sys.stderr.isatty())
+        self._num_steps = num_steps
+        self._bar: tqdm | None = None
 
     def line(self, text: str) -> None:
         """Prints a line."""
-        if self._silent:
+        if self._is_silent:
             return
         if self._bar is None:
             print(text, file=self._stream, flush=True)
@@ -193,14 +192,20 @@ class Printer:
 
     def advance(self, record: Record) -> None:
         """Moves the bar on by one step."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
-            self._bar.update()
+        if not self._has_bar:
+            return
+        if self._bar is None:
+            # Not before the first step, or the time to compile would count as time of steps.
+            done = {"initial": record["step"] - 1, "total": self._num_steps}
+            self._bar = tqdm(**done, unit="step", dynamic_ncols=True, leave=False)
+        self._bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
+        self._bar.update()
 
     def close(self) -> None:
         """Removes the bar."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
 
 def load_table(records: Sequence[Record]) -> np.ndarray:

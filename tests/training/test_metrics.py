@@ -132,7 +132,7 @@ def test_plain_printer_prints_lines_only():
     stream = io.StringIO()
     printer = Printer("plain", num_steps=3, stream=stream)
     printer.line("hello")
-    printer.advance({"loss": 1.0})
+    printer.advance({"step": 1, "loss": 1.0})
     printer.close()
     assert stream.getvalue() == "hello\n"
 
@@ -140,18 +140,20 @@ def test_plain_printer_prints_lines_only():
 def test_auto_is_plain_where_there_is_no_terminal(capsys):
     printer = Printer("auto", num_steps=3)
     printer.line("hello")
-    printer.advance({"loss": 1.0})
+    printer.advance({"step": 1, "loss": 1.0})
     printer.close()
     assert capsys.readouterr() == ("hello\n", "")
 
 
 def test_bar_stands_below_the_lines(capsys):
-    printer = Printer("bar", num_steps=4, step=2)
+    printer = Printer("bar", num_steps=4)
     printer.line("hello")
-    printer.advance({"loss": 1.25})
+    assert capsys.readouterr().err == ""
+    printer.advance({"step": 3, "loss": 1.25})
+    printer.line("below")
     printer.close()
     output = capsys.readouterr()
-    assert output.out == "hello\n" and "2/4" in output.err
+    assert output.out == "below\n" and "2/4" in output.err
 
 
 def test_silent_printer_prints_nothing(capsys):
