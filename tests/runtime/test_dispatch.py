@@ -1,0 +1,375 @@
+"""Dispatch equals the sum over all experts weighted by a dense gate matrix: results, gradients and drop counts.
+
+On simulated devices, inside shard_map with check_vma=True. Each device has tokens of its own.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meshes.axes import BATCH, EXPERT
+from meshes.mesh import build_mesh
+from piperjax.runtime import permute
+from piperjax.runtime.dispatch import DISPATCHERS, Dispatcher, make_experts, row_capacity
+from piperjax.runtime.grouped_matmul import grouped_matmul
+
+D = 8
+FACTORS = {1: (1, 1, 1), 2: (1, 1, 2), 4: (1, 2, 2), 8: (2, 2, 2)}
+GRID = [(P, E, k) for P in (1, 2, 4, 8) for E in (8, 16) for k in (1, 2, 4)]
+# Every P with every k; E alternates.
+DAILY = [(P, E, k) for P, E, k in GRID if (P.bit_length() + k.bit_length()) % 2 == (E == 16)]
+ROUTINGS = ("random", "zipf", "all to one expert", "an expert with none")
+
+
+def route(rng, routing, num_tokens, E, k):
+    """Distinct experts for every token, [num_tokens, k]."""
+    if routing == "all to one expert":
+        return np.tile((5 + np.arange(k)) % E, (num_tokens, 1)).astype(np.int32)
+    weights = 1.0 / np.arange(1, E + 1) ** 1.5 if routing == "zipf" else np.ones(E)
+    if routing == "an expert with none":
+        weights[3] = 0.0
+    # The k largest of Gumbel-perturbed log weights are k draws without replacement.
+    with np.errstate(divide="ignore"):
+        scores = np.log(weights) - np.log(-np.log(rng.uniform(size=(num_tokens, E))))
+    return np.argsort(-scores, axis=1)[:, :k].astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Tokens, gates, weights of the experts, and weights of the loss, for T tokens on each of P devices."""
+
+    P: int
+    E: int
+    k: int
+    T: int = 12
+    dtype: str = "float32"
+    data: int = 1
+
+    def arrays(self, rng):
+        tokens = self.T * self.P * self.data
+        shapes = {"x": (tokens, D), "gates": (tokens, self.k), "w": (self.E, D, D), "out": (tokens, D)}
+        return {name: rng.normal(size=shape).astype(self.dtype) for name, shape in shapes.items()}
+
+    def mesh(self):
+        devices = jax.devices()[: self.P * self.data]
+        return build_mesh(pipe=1, data=self.data, expert_factors=FACTORS[self.P], devices=devices)
+
+    def function(self, experts, multiply):
+        """(x, gates, w, ids) -> (y, dropped rows of every device)."""
+        spec = jax.P(BATCH)
+
+        def per_device(x, gates, w, ids):
+            def expert_ffn(rows, sizes):
+                return jnp.tanh(multiply(rows, w, sizes))
+
+            y, dropped = experts(expert_ffn, x, ids, gates, self.E)
+            return y, dropped[None]
+
+        return jax.shard_map(
+            per_device, mesh=self.mesh(), in_specs=(spec, spec, jax.P(EXPERT), spec), out_specs=(spec, spec)
+        )
+
+    def compiled(self, experts, multiply):
+        """(x, gates, w, out, ids) -> ((y, dropped), gradients of sum(out * y) by x, gates and w)."""
+        function = self.function(experts, multiply)
+
+        def loss(x, gates, w, out, ids):
+            y, dropped = function(x, gates, w, ids)
+            return jnp.sum(out * y), (y, dropped)
+
+        gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+        def run(arrays, ids):
+            (_, aux), grads = gradient(arrays["x"], arrays["gates"], arrays["w"], arrays["out"], ids)
+            return aux, grads
+
+        return run
+
+
+def masked_multiply(rows, w, sizes):
+    """Every row times the matrix of its group, dead rows zero and unread: plain, and quick to compile."""
+    row = jax.lax.iota(jnp.int32, rows.shape[0])
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    y = jnp.zeros((rows.shape[0], w.shape[2]), rows.dtype)
+    for g in range(w.shape[0]):
+        mine = ((row >= ends[g] - sizes[g]) & (row < ends[g]))[:, None]
+        y = y + jnp.where(mine, jnp.matmul(jnp.where(mine, rows, 0), w[g], precision="highest"), 0)
+    return y
+
+
+@functools.cache
+def dense():
+    """The truth: all experts on all tokens, weighted by gates that are zero where a slot was dropped."""
+
+    def loss(x, gates, w, out, ids, kept):
+        hidden = jnp.tanh(jnp.einsum("td,edf->tef", x, w, precision="highest"))
+        chosen = jax.nn.one_hot(ids, w.shape[0], dtype=x.dtype)
+        y = jnp.einsum("tk,tke,tef->tf", gates * kept, chosen, hidden, precision="highest")
+        return jnp.sum(out * y), y
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+
+def truth(arrays, ids, kept=None):
+    kept = np.ones(ids.shape, bool) if kept is None else kept
+    (_, y), grads = dense()(arrays["x"], arrays["gates"], arrays["w"], arrays["out"], ids, kept)
+    return y, grads
+
+
+def assert_close(found, expected, relative):
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= relative * np.abs(expected).max() + 1e-30
+
+
+def check(case, run, rng, *, forward, backward, capacity_factor=0.0):
+    for routing in ROUTINGS:
+        arrays = case.arrays(rng)
+        ids = route(rng, routing, len(arrays["x"]), case.E, case.k)
+        kept = simulate_drops(case, ids, capacity_factor)
+        (y, dropped), grads = run(arrays, ids)
+        expected, expected_grads = truth(arrays, ids, kept)
+        assert_close(y, expected, forward)
+        for found, wanted in zip(grads, expected_grads, strict=True):
+            assert found.dtype == case.dtype
+            assert_close(found, wanted, backward)
+        by_device = (~kept).reshape(case.P * case.data, -1).sum(1)
+        np.testing.assert_array_equal(dropped, by_device)
+
+
+def simulate_drops(case, ids, capacity_factor):
+    """Which slots find room, [tokens, k]: first come, first served, in order of token and slot."""
+    kept = np.ones(ids.shape, bool)
+    if capacity_factor:
+        capacity = math.ceil(capacity_factor * case.T * case.k / case.P)
+        for device in range(case.P * case.data):
+            used = [0] * case.P
+            for token in range(device * case.T, (device + 1) * case.T):
+                for slot in range(case.k):
+                    target = ids[token, slot] // (case.E // case.P)
+                    kept[token, slot] = used[target] < capacity
+                    used[target] += 1
+    return kept
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            Case(*which), marks=[] if which in DAILY else [pytest.mark.slow], id="P{}-E{}-k{}".format(*which)
+        )
+        for which in GRID
+    ],
+)
+def test_equals_the_dense_sum(case):
+    run = case.compiled(make_experts("flat", EXPERT, 0.0), masked_multiply)
+    check(case, run, np.random.default_rng(0), forward=1e-6, backward=1e-5)
+
+
+def test_equals_the_dense_sum_with_grouped_matmul_over_data_and_experts():
+    case = Case(P=4, E=8, k=2, data=2)
+    run = case.compiled(make_experts("flat", EXPERT, 0.0), grouped_matmul)
+    check(case, run, np.random.default_rng(1), forward=1e-6, backward=1e-5)
+
+
+@pytest.mark.parametrize("P", [1, 4])
+def test_equals_the_dense_sum_in_float64(P):
+    with jax.enable_x64(True):
+        case = Case(P=P, E=8, k=2, dtype="float64")
+        run = case.compiled(make_experts("flat", EXPERT, 0.0), grouped_matmul)
+        check(case, run, np.random.default_rng(2), forward=1e-12, backward=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("P", "k", "capacity_factor"),
+    [
+        (1, 2, 0.5),
+        (1, 2, 1.0),
+        (2, 4, 0.75),
+        (4, 1, 1.0),
+        pytest.param(4, 2, 1.25, marks=pytest.mark.slow),
+        (8, 2, 1.25),
+        pytest.param(4, 2, 100.0, marks=pytest.mark.slow),
+    ],
+)
+def test_capacity_drops_later_tokens_and_counts_them(P, k, capacity_factor):
+    case = Case(P=P, E=8, k=k)
+    run = case.compiled(make_experts("flat", EXPERT, capacity_factor), masked_multiply)
+    check(case, run, np.random.default_rng(3), forward=1e-6, backward=1e-5, capacity_factor=capacity_factor)
+
+
+@pytest.mark.parametrize(("P", "capacity_factor"), [(4, 0.0), (4, 0.75), (2, 0.0)])
+def test_dead_rows_full_of_nan_change_nothing(monkeypatch, P, capacity_factor):
+    case = Case(P=P, E=8, k=2)
+    experts = make_experts("flat", EXPERT, capacity_factor)
+    rng = np.random.default_rng(4)
+    arrays = case.arrays(rng)
+    ids = route(rng, "zipf", len(arrays["x"]), case.E, case.k)
+    plain = case.compiled(experts, grouped_matmul)(arrays, ids)
+    monkeypatch.setattr(permute, "DEAD_FILL", math.nan)
+    seen = []
+
+    def multiply(rows, w, sizes):
+        jax.debug.callback(lambda rows: seen.append(np.isnan(rows).any()), rows)
+        return grouped_matmul(rows, w, sizes)
+
+    poisoned = case.compiled(experts, multiply)(arrays, ids)
+    jax.effects_barrier()
+    assert any(seen), "the poison did not reach the experts: this test tests nothing"
+    jax.tree.map(np.testing.assert_array_equal, poisoned, plain)
+
+
+def lowered(case, experts, *, gradient):
+    shapes = {name: array.astype(case.dtype) for name, array in case.arrays(np.random.default_rng(0)).items()}
+    ids = np.zeros((case.T * case.P, case.k), np.int32)
+    function = case.function(experts, grouped_matmul)
+    if gradient:
+        return jax.jit(jax.grad(lambda *args: function(*args, ids)[0].sum(), argnums=(0, 1, 2))).lower(
+            shapes["x"], shapes["gates"], shapes["w"]
+        )
+    return jax.jit(function).lower(shapes["x"], shapes["gates"], shapes["w"], ids)
+
+
+def count_ops(text, name):
+    """Operations in StableHLO ("stablehlo.all_to_all") or in HLO ("all-to-all(", asynchronous or not)."""
+    stable = len(re.findall(rf'"?stablehlo\.{name}"?\b', text))
+    return stable or len(re.findall(rf"\b{name.replace('_', '-')}(?:-start)?\(", text))
+
+
+@pytest.mark.parametrize("capacity_factor", [0.0, 1.0])
+def test_two_all_to_alls_of_rows_each_way_and_one_of_counts(capacity_factor):
+    case = Case(P=4, E=8, k=2)
+    experts = make_experts("flat", EXPERT, capacity_factor)
+    forward, both = (lowered(case, experts, gradient=gradient) for gradient in (False, True))
+    assert count_ops(forward.as_text(), "all_to_all") == 3
+    assert count_ops(both.as_text(), "all_to_all") == 3 + 2
+    assert count_ops(both.compile().as_text(), "all_to_all") == 3 + 2
+
+
+@pytest.mark.parametrize(("P", "capacity_factor"), [(1, 0.0), (1, 0.5), (4, 0.0), (4, 1.0)])
+def test_no_scatter_forward_or_backward(P, capacity_factor):
+    case = Case(P=P, E=8, k=2)
+    program = lowered(case, make_experts("flat", EXPERT, capacity_factor), gradient=True)
+    for text in (program.as_text(), program.compile().as_text()):
+        assert count_ops(text, "gather") > 0
+        assert count_ops(text, "scatter") == 0
+
+
+def test_one_device_moves_nothing_and_pads_nothing():
+    case = Case(P=1, E=8, k=2)
+    shapes = []
+
+    def multiply(rows, w, sizes):
+        shapes.append(rows.shape)
+        return grouped_matmul(rows, w, sizes)
+
+    experts = make_experts("flat", EXPERT, 0.0)
+    assert "all_to_all" not in lowered(case, experts, gradient=True).as_text()
+    arrays = case.arrays(np.random.default_rng(0))
+    ids = np.zeros((case.T, case.k), np.int32)
+    jax.eval_shape(case.function(experts, multiply), arrays["x"], arrays["gates"], arrays["w"], ids)
+    assert shapes == [(12 * 2, D)]
+
+
+def test_runs_outside_of_any_mesh():
+    case = Case(P=1, E=8, k=2)
+    rng = np.random.default_rng(5)
+    arrays = case.arrays(rng)
+    ids = route(rng, "random", case.T, case.E, case.k)
+    experts = make_experts("flat", (), 0.0)
+    y, dropped = jax.jit(
+        lambda x, gates, w: experts(
+            lambda rows, n: jnp.tanh(grouped_matmul(rows, w, n)), x, ids, gates, case.E
+        )
+    )(arrays["x"], arrays["gates"], arrays["w"])
+    assert_close(y, truth(arrays, ids)[0], 1e-6)
+    assert dropped == 0
+
+
+def test_experts_may_live_anywhere():
+    case = Case(P=4, E=8, k=2)
+    rng = np.random.default_rng(6)
+    arrays = case.arrays(rng)
+    ids = route(rng, "zipf", len(arrays["x"]), case.E, case.k)
+    (y, _), (dx, dgates, dw) = case.compiled(make_experts("flat", EXPERT, 0.0), grouped_matmul)(arrays, ids)
+    physical = rng.permutation(case.E)
+    moved = arrays | {
+        "w": arrays["w"][np.argsort(physical)]
+    }  # physical expert p holds what belongs to its logical one
+    experts = make_experts("flat", EXPERT, 0.0, physical_of_logical=tuple(physical.tolist()))
+    (y2, _), (dx2, dgates2, dw2) = case.compiled(experts, grouped_matmul)(moved, ids)
+    for found, wanted in ((y2, y), (dx2, dx), (dgates2, dgates), (np.asarray(dw2)[physical], dw)):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_bfloat16_is_added_up_in_float32():
+    T, k, E = 64, 4, 8
+    rng = np.random.default_rng(7)
+    x, ids = rng.normal(size=(T, D)), route(rng, "random", T, E, k)
+    gates = rng.uniform(size=(T, k)).astype(np.float32)
+    x = jnp.asarray(x, jnp.bfloat16)
+    y, _ = make_experts("flat", (), 0.0)(lambda rows, sizes: rows, x, ids, gates, E)
+    wide = np.asarray(x, np.float32)
+    expected = sum(gates[:, j, None] * wide for j in range(k))
+    assert y.dtype == jnp.bfloat16
+    # One rounding to bfloat16 at the end, as if there had been no dispatch.
+    np.testing.assert_array_equal(y, jnp.asarray(expected, jnp.bfloat16))
+
+
+def test_a_dispatcher_is_a_value(monkeypatch):
+    def nowhere(expert_ffn, x, expert_ids, gates, num_experts, *, axes, capacity_factor):
+        return x, jnp.float32(axes == ("a",) and capacity_factor == 2.0 and num_experts == 8)
+
+    monkeypatch.setitem(DISPATCHERS, "nowhere", Dispatcher(name="nowhere", apply=nowhere))
+    x = np.ones((4, D), np.float32)
+    y, said = make_experts("nowhere", ("a",), 2.0)(None, x, jnp.zeros((4, 2), jnp.int32), None, 8)
+    assert y is x
+    assert said == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "capacity"),
+    [
+        (dict(num_experts=8, num_devices=1, capacity_factor=0.0), 20),
+        (dict(num_experts=8, num_devices=4, capacity_factor=0.0), 20),
+        (dict(num_experts=8, num_devices=8, capacity_factor=0.0), 10),  # one expert each: a token comes once
+        (dict(num_experts=8, num_devices=4, capacity_factor=1.0), 5),
+        (dict(num_experts=8, num_devices=8, capacity_factor=1.0), 3),  # 2.5 rounded up
+        (dict(num_experts=8, num_devices=4, capacity_factor=9.0), 20),
+    ],
+)
+def test_capacity_of_ten_tokens_and_two_experts_each(options, capacity):
+    assert row_capacity(10, 2, **options) == capacity
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("flatt", (), 0.0), "no dispatcher named 'flatt'; there are flat; did you mean 'flat'?"),
+        (("flat", (), -1.0), "capacity_factor must be 0"),
+        (("flat", (), math.nan), "capacity_factor must be 0"),
+        (("flat", (), 0.0, (0, 1, 1)), "every physical expert 0 to E-1 once"),
+    ],
+)
+def test_mistakes_are_named(arguments, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        make_experts(*arguments)
+
+
+def test_a_map_for_other_experts_is_refused():
+    experts = make_experts("flat", (), 0.0, (1, 0))
+    with pytest.raises(ValueError, match="must place the 8 experts of the model, got 2"):
+        experts(None, jnp.ones((4, D)), jnp.zeros((4, 2), jnp.int32), jnp.ones((4, 2)), 8)
+
+
+def test_experts_must_divide_over_devices():
+    case = Case(P=4, E=8, k=2)
+    experts = make_experts("flat", EXPERT, 0.0)
+    with pytest.raises(ValueError, match="got 6 experts on 4 devices"):
+        lowered(case, lambda ffn, x, ids, gates, _: experts(ffn, x, ids, gates, 6), gradient=False)
