@@ -78,7 +78,7 @@ def step_line(record: Record, *, num_steps: int) -> str:
         f"step {record['step']:>{width}}/{num_steps}",
         f"loss {record['loss']:.4f}",
         f"aux {record['aux_loss']:.4f}",
-        f"grad norm {record['grad_norm']:.3f}",
+        f"grad {record['grad_norm']:.3f}",
         f"lr {record['learning_rate']:.2e}",
         f"{si(record['tokens_per_second'])} tokens/s",
         f"{record['flop_per_second_per_device'] / 1e12:.3g} TFLOP/s/device",
@@ -86,7 +86,7 @@ def step_line(record: Record, *, num_steps: int) -> str:
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")
     if record["load_imbalance"]:
-        parts.append(f"load max/mean {max(record['load_imbalance']):.2f}")
+        parts.append(f"load {max(record['load_imbalance']):.2f}x mean")
         parts.append(f"dropped {record['dropped_fraction']:.1%}")
     if "peak_memory_bytes" in record:
         parts.append(f"memory {record['peak_memory_bytes'] / 2**30:.2f} GiB")

@@ -58,8 +58,8 @@ def test_record_drawn_out():
         }
     )
     assert step_line(record | {"load_imbalance": [2.0, 1.0]}, num_steps=300) == (
-        "step   7/300 | loss 2.5000 | aux 0.0125 | grad norm 0.750 | lr 3.00e-04 | 4.1k tokens/s | "
-        "0.001 TFLOP/s/device | MFU 10.0% | load max/mean 2.00 | dropped 25.0%"
+        "step   7/300 | loss 2.5000 | aux 0.0125 | grad 0.750 | lr 3.00e-04 | 4.1k tokens/s | "
+        "0.001 TFLOP/s/device | MFU 10.0% | load 2.00x mean | dropped 25.0%"
     )
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from models.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
 from models.transformer import forward, init_params
@@ -38,6 +39,16 @@ class OneDevice:
 
     config: ModelConfig
 
+    @property
+    def mesh(self):
+        return jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+
+    @property
+    def abstract_logical(self):
+        shapes = jax.eval_shape(lambda: init_params(self.config, 0))
+        here = NamedSharding(self.mesh, P())
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
+
     def to_logical(self, tree):
         return tree
 
@@ -49,7 +60,7 @@ def run(tmp_path_factory):
     config = TrainConfig(model=MODEL, out=str(directory), data=DataConfig(seq_len=16))
     write_run_file(config, platform={}, devices={})
     checkpoints = Checkpoints(directory, CheckpointConfig())
-    here = SingleDeviceSharding(jax.devices()[0])
+    here = NamedSharding(OneDevice(MODEL).mesh, P())
     for step in (1, 2):
         params = jax.device_put(init_params(MODEL, step), here)
         state = TrainState(
