@@ -1,7 +1,12 @@
 """This file is the checkpoints: logical, mesh-independent arrays and a description, written in the background."""
 
+import gc
 import logging
-from collections.abc import Mapping
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +131,8 @@ class Checkpoints:
           ValueError: if it is damaged or of a format that this version does not read.
         """
         items = ocp.args.Composite(description=ocp.args.JsonRestore())
-        try:
+        with self._reading(step):
             description = self._manager.restore(step, args=items).description
-        except Exception as error:  # orbax lets errors of json, tensorstore and the file system through
-            raise self._damaged(step, error) from error
         if not isinstance(description, dict) or not isinstance(description.get("arrays"), dict):
             raise self._damaged(step, ValueError("its description is incomplete"))
         if description.get("format") != FORMAT:
@@ -149,10 +152,8 @@ class Checkpoints:
         abstract = logical.abstract_logical(executor)
         self._check_shapes(step, description["arrays"], abstract)
         items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
-        try:
+        with self._reading(step):
             arrays = self._manager.restore(step, args=items).arrays
-        except Exception as error:  # orbax lets errors of json, tensorstore and the file system through
-            raise self._damaged(step, error) from error
         found = logical.contents(arrays)
         wrong = [name for name, content in description["arrays"].items() if found[name] != content]
         if wrong:
@@ -173,11 +174,8 @@ class Checkpoints:
         wanted = {"params": params, "router_bias": router_bias}
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         items = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-        try:
-            with ocp.PyTreeCheckpointer() as reader:
-                arrays = reader.restore(self.directory / str(step) / "arrays", args=items)
-        except Exception as error:  # orbax lets errors of json, tensorstore and the file system through
-            raise self._damaged(step, error) from error
+        with self._reading(step), ocp.PyTreeCheckpointer() as reader:
+            arrays = reader.restore(self.directory / str(step) / "arrays", args=items)
         return arrays["params"], arrays["router_bias"]
 
     def _check_shapes(self, step: int, saved: dict[str, Any], abstract: dict[str, Any]) -> None:
@@ -191,6 +189,20 @@ class Checkpoints:
                     f"{_shape(shapes.get(name))} there and {_shape(needed.get(name))} here; choose another --out"
                 )
 
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Turns what goes wrong while a step is read into one sentence."""
+        if not isinstance(sys.unraisablehook, _UnlessAbandoned):
+            sys.unraisablehook = _UnlessAbandoned(sys.unraisablehook)
+        try:
+            yield
+        except Exception as error:  # orbax lets errors of json, tensorstore and the file system through
+            _abandon_reads(error)
+            failure = self._damaged(step, error)
+        else:
+            return
+        raise failure
+
     def _damaged(self, step: int, error: Exception) -> ValueError:
         path = self.directory / str(step)
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
@@ -199,6 +211,33 @@ class Checkpoints:
         earlier = [other for other in self.steps if other < step]
         advice = f"to resume from step {earlier[-1]}" if earlier else "to start anew"
         return ValueError(f"checkpoint {path} is damaged ({reason}); delete that directory {advice}")
+
+
+class _UnlessAbandoned:
+    """Complains as before of errors that nobody can catch, but not of reads that were abandoned.
+
+    Where one array cannot be read, orbax leaves the reading of the others behind. They still end, on threads of
+    tensorstore, and find their event loop closed.
+    """
+
+    def __init__(self, complain: Callable[[Any], None]):
+        self._complain = complain
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._complain(unraisable)
+
+
+def _abandon_reads(error: BaseException) -> None:
+    """Frees what the error of a failed read holds, without a word about tasks that never ended."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    chained: BaseException | None = error
+    while chained is not None:
+        traceback.clear_frames(chained.__traceback__)
+        chained = chained.__cause__ or chained.__context__
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        gc.collect()
 
 
 def _preservation(config: CheckpointConfig) -> policies.PreservationPolicy:

@@ -140,3 +140,27 @@ def test_help_names_every_flag_and_starts_no_jax():
     for heading in ("what is trained:", "where it runs:", "how it runs:", "several processes", "examples:"):
         assert heading in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def ends_with(monkeypatch, capsys, error):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(cli, "run", run)
+    return cli.main([]), capsys.readouterr().err
+
+
+def test_running_out_of_memory_is_explained(monkeypatch, capsys):
+    error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.\n more")
+    code, message = ends_with(monkeypatch, capsys, error)
+    assert code == 2 and message.count("\n") == 1
+    assert message.startswith("train.py: error: the devices ran out of memory; use more --microbatches")
+
+
+def test_other_errors_are_not_hidden(monkeypatch, capsys):
+    with pytest.raises(RuntimeError, match="a bug"):
+        ends_with(monkeypatch, capsys, RuntimeError("a bug"))
+
+
+def test_ctrl_c_before_the_first_step(monkeypatch, capsys):
+    assert ends_with(monkeypatch, capsys, KeyboardInterrupt()) == (130, "\nstopped before the first step\n")
