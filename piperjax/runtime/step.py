@@ -198,7 +198,7 @@ class _Scan:
             tokens = slots.read(self.batch["tokens"], tick["embedding_microbatch"])
             return embed(self.params["embedding"], tokens)
 
-        return lax.cond(tick["embedding_on"] == 1, look_up, lambda: vary(jnp.zeros_like(carry.y)))
+        return self._when(tick, "embedding_on", look_up, lambda: vary(jnp.zeros_like(carry.y)))
 
     def _forward(self, carry: _Carry, rank: dict, embedded: jax.Array) -> _Carry:
         def run(carry):
@@ -224,7 +224,7 @@ class _Scan:
             )
             return carry._replace(y=y, totals=totals, stash=stash)
 
-        return lax.cond(rank["forward_on"] == 1, run, lambda carry: carry, carry)
+        return self._when(rank, "forward_on", run, lambda carry: carry, carry)
 
     def _head(self, carry: _Carry, rank: dict, tick: dict) -> _Carry:
         trains = self.lowered.has_backward
@@ -254,7 +254,7 @@ class _Scan:
             gradients = slots.write(carry.gradients, result.hidden, rank["head_gradient"])
             return carry._replace(grads=grads, gradients=gradients)
 
-        return lax.cond(tick["head_on"] == 1, run, lambda carry: carry, carry)
+        return self._when(tick, "head_on", run, lambda carry: carry, carry)
 
     def _backward(self, carry: _Carry, rank: dict) -> _Carry:
         def run(carry):
@@ -273,7 +273,7 @@ class _Scan:
             )
             return carry._replace(g=g, grads={**carry.grads, "layers": layers})
 
-        return lax.cond(rank["backward_on"] == 1, run, lambda carry: carry, carry)
+        return self._when(rank, "backward_on", run, lambda carry: carry, carry)
 
     def _embedding_gradient(self, carry: _Carry, rank: dict, tick: dict) -> _Carry:
         def run(carry):
@@ -282,7 +282,14 @@ class _Scan:
             total = add_embedding_gradient(carry.grads["embedding"], tokens, from_owner(carry.g, is_owner))
             return carry._replace(grads={**carry.grads, "embedding": total})
 
-        return lax.cond(tick["embedding_gradient_on"] == 1, run, lambda carry: carry, carry)
+        return self._when(tick, "embedding_gradient_on", run, lambda carry: carry, carry)
+
+    def _when(self, column: dict, name: str, run, otherwise, *operands):
+        """Runs where the column says so; without a branch if it says so in every tick and on every rank."""
+        columns = self.lowered.rank_columns.__dict__ | self.lowered.tick_columns.__dict__
+        if (columns[name] == 1).all():
+            return run(*operands)
+        return lax.cond(column[name] == 1, run, otherwise, *operands)
 
     def _context_of(self, microbatch: jax.Array):
         """Layer context of a microbatch, as a function of the index among MoE layers."""
