@@ -9,9 +9,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-# Rows and columns of the accumulator of one program, and depth of one step of its loop. A step holds at most
-# 32 KiB of operands in float32: a compute unit of MI250X has 64 KiB of shared memory.
-LARGEST_TILE, LARGEST_DEPTH, SMALLEST_TILE = 128, 32, 16
+# Rows and columns of the accumulator of one program take up to 128 of 16-bit operands or 64 of float32 ones, which
+# no matrix unit of H100 multiplies: larger tiles of those compile for twice as long. A step of the loop is 32 deep
+# and holds 16 KiB of operands; a compute unit of MI250X has 64 KiB of shared memory.
+LARGEST_TILE_BYTES, DEPTH, SMALLEST_TILE = 256, 32, 16
 
 
 def supports(dtype: jax.typing.DTypeLike) -> bool:
@@ -29,7 +30,8 @@ def multiply(
     """
     R, depth = x.shape
     G, columns = w.shape[0], w.shape[1 if transposed else 2]
-    tiles = Tiles(rows=_tile(-(-R // G)), columns=_tile(columns), depth=_tile(depth, LARGEST_DEPTH))
+    largest = LARGEST_TILE_BYTES // x.dtype.itemsize
+    tiles = Tiles(rows=_tile(-(-R // G), largest), columns=_tile(columns, largest), depth=_tile(depth, DEPTH))
     group, first, end = block_table(group_sizes, num_rows=R, block=tiles.rows)
     kernel = functools.partial(_multiply_kernel, tiles=tiles, transposed=transposed)
     grid = (group.shape[0], pl.cdiv(columns, tiles.columns))
@@ -44,7 +46,8 @@ def weight_gradient(
     One program per group and tile of [D, F], which walks through the rows of the group.
     """
     G, D, F = group_sizes.shape[0], x.shape[1], dy.shape[1]
-    tiles = Tiles(rows=_tile(D), columns=_tile(F), depth=_tile(-(-x.shape[0] // G), LARGEST_DEPTH))
+    largest = LARGEST_TILE_BYTES // x.dtype.itemsize
+    tiles = Tiles(rows=_tile(D, largest), columns=_tile(F, largest), depth=_tile(-(-x.shape[0] // G), DEPTH))
     end = jnp.cumsum(group_sizes, dtype=jnp.int32)
     kernel = functools.partial(_weight_gradient_kernel, tiles=tiles)
     grid = (G, pl.cdiv(D, tiles.rows), pl.cdiv(F, tiles.columns))
@@ -79,7 +82,7 @@ def block_table(
     return group, jnp.minimum(first, ends[group]), ends[group]
 
 
-def _tile(size: int, largest: int = LARGEST_TILE) -> int:
+def _tile(size: int, largest: int) -> int:
     return min(max(pl.next_power_of_2(size), SMALLEST_TILE), largest)
 
 
