@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from piperjax.runtime.dispatch import make_experts
-from piperjax.runtime.grouped_matmul import grouped_matmul
 
 from meshes.mesh import build_mesh
 from models import transformer
 from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
 from models.layers import LayerContext
 from piperjax.planner.plan import Plan
+from piperjax.runtime.dispatch import make_experts
 from piperjax.runtime.executor import Executor
+from piperjax.runtime.grouped_matmul import grouped_matmul
 
 
 def moe_model(
