@@ -384,5 +384,5 @@ def _pause(run: _Run, *, is_last: bool) -> None:
     if is_last:
         run.checkpoints.wait()
     if is_complete:
-        run.printer.line(f"saved     step {step} in {config.out}")
+        run.printer.line(f"saved     step {step}; for text: python -m piperjax sample --run {config.out}")
     run.clock = time.perf_counter()

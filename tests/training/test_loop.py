@@ -111,7 +111,9 @@ def test_a_run_learns_and_leaves_everything_behind(train, tmp_path):
     assert "mesh      pipe 1 x data 2 x expert 1 = 2 devices" in output
     printed = [line.split()[1] for line in output.splitlines() if line.startswith("step") and "|" in line]
     assert printed == ["1/30", "5/30", "10/30", "15/30", "20/30", "25/30", "30/30"]
-    assert "unigram entropy" in output and output.endswith(f"saved     step 30 in {tmp_path}/run\n")
+    assert "unigram entropy" in output and output.endswith(
+        f"saved     step 30; for text: python -m piperjax sample --run {tmp_path}/run\n"
+    )
 
 
 def test_run_file_resolves_the_configuration(train, tmp_path):
