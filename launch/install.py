@@ -8,6 +8,7 @@ It runs outside .venv, so it needs nothing but Python 3.11 or newer.
 import hashlib
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ RECORD = VENV / "installed.json"
 REQUIREMENTS = ("pyproject.toml", "constraints.txt")
 EXTRAS = ("cpu", "cuda", "rocm", "dev")
 LARGE_MEGABYTES = 10
+TOOLS = {"nvidia-smi": "cuda", "rocm-smi": "rocm"}
 
 
 def main(extras: list[str]) -> int:
@@ -46,6 +48,7 @@ def main(extras: list[str]) -> int:
         code = code or _install(wanted["extras"])
         if code == 0:
             RECORD.write_text(json.dumps(wanted))
+            _suggest(wanted["extras"])
     return code
 
 
@@ -93,6 +96,13 @@ def _install(extras: list[str]) -> int:
     if code:
         return _complain(f"pip could not install PiperJAX: {errors}; all of its output is in {log_name}")
     return 0
+
+
+def _suggest(extras: list[str]) -> None:
+    """Tells once how to use the GPUs that seem to be there."""
+    for tool, extra in TOOLS.items():
+        if shutil.which(tool) and not set(extras) & set(TOOLS.values()):
+            print(f"Installed for the CPU; {tool} is here, so `make train EXTRA={extra}` may train on GPUs.")
 
 
 def _show_progress(lines: Iterable[str], log: TextIO, *, terminal: bool) -> str:

@@ -84,6 +84,17 @@ def test_unknown_extra(installer, capsys):
     assert capsys.readouterr().err == "there is no extra 'gpu'; choose from cpu, cuda, rocm, dev\n"
 
 
+def test_gpus_are_pointed_out_once(installer, monkeypatch, capsys):
+    monkeypatch.setattr(installer.shutil, "which", lambda tool: tool == "nvidia-smi")
+    installer.main([])
+    installer.main([])
+    assert capsys.readouterr().out == (
+        "Installed for the CPU; nvidia-smi is here, so `make train EXTRA=cuda` may train on GPUs.\n"
+    )
+    installer.main(["cuda"])
+    assert capsys.readouterr().out == ""
+
+
 PIP = """\
 Collecting jax==0.10.2 (from -c constraints.txt)
   Downloading jax-0.10.2-py3-none-any.whl.metadata (13 kB)
