@@ -37,7 +37,10 @@ class Checkpoints:
 
     def __init__(self, directory: Path | str, config: CheckpointConfig | None = None):
         self.directory = Path(directory).absolute() / DIRECTORY
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # What orbax logs, errors in the background included, reaches the user as a sentence of ours.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        if not isinstance(sys.unraisablehook, _UnlessAbandoned):
+            sys.unraisablehook = _UnlessAbandoned(sys.unraisablehook)
         options: dict[str, Any] = {"create": False, "read_only": True}
         if config is not None:
             options = {
@@ -103,10 +106,8 @@ class Checkpoints:
             arrays=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(described)
         )
         metrics = None if validation_loss is None else {_VALIDATION_LOSS: float(validation_loss)}
-        try:
+        with self._writing():
             self._manager.save(step, args=items, metrics=metrics, force=True)
-        except OSError as error:
-            raise _unwritable(self.directory, error) from error
 
     def wait(self) -> None:
         """Returns when everything saved so far is on disk.
@@ -114,15 +115,18 @@ class Checkpoints:
         Raises:
           ValueError: if a checkpoint could not be written.
         """
-        try:
+        with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except OSError as error:
-            raise _unwritable(self.directory, error) from error
 
     def close(self) -> None:
-        """Waits for what is being written and frees the threads."""
-        self._manager.close()
+        """Waits for what is being written and frees the threads.
+
+        Raises:
+          ValueError: if a checkpoint could not be written.
+        """
+        with self._writing():
+            self._manager.close()
 
     def describe(self, step: int) -> dict[str, Any]:
         """Returns the description that was saved with a step.
@@ -190,14 +194,27 @@ class Checkpoints:
                 )
 
     @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what goes wrong while a step is written, now or in the background, into one sentence."""
+        try:
+            yield
+        except Exception as error:  # orbax lets errors of tensorstore and the file system through
+            _abandon(error)
+            failure = ValueError(
+                f"could not write a checkpoint to {self.directory} ({_reason(error)}); the earlier ones are kept; "
+                "free some space, or choose another --out"
+            )
+        else:
+            return
+        raise failure
+
+    @contextmanager
     def _reading(self, step: int) -> Iterator[None]:
         """Turns what goes wrong while a step is read into one sentence."""
-        if not isinstance(sys.unraisablehook, _UnlessAbandoned):
-            sys.unraisablehook = _UnlessAbandoned(sys.unraisablehook)
         try:
             yield
         except Exception as error:  # orbax lets errors of json, tensorstore and the file system through
-            _abandon_reads(error)
+            _abandon(error)
             failure = self._damaged(step, error)
         else:
             return
@@ -205,7 +222,7 @@ class Checkpoints:
 
     def _damaged(self, step: int, error: Exception) -> ValueError:
         path = self.directory / str(step)
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        reason = _reason(error)
         if isinstance(error, PermissionError) or "PERMISSION_DENIED" in reason:
             return ValueError(f"checkpoint {path} may not be read by this user; change its permissions")
         earlier = [other for other in self.steps if other < step]
@@ -214,9 +231,9 @@ class Checkpoints:
 
 
 class _UnlessAbandoned:
-    """Complains as before of errors that nobody can catch, but not of reads that were abandoned.
+    """Complains as before of errors that nobody can catch, but not of reads and writes that were abandoned.
 
-    Where one array cannot be read, orbax leaves the reading of the others behind. They still end, on threads of
+    Where one array cannot be read or written, orbax leaves the others behind. They still end, on threads of
     tensorstore, and find their event loop closed.
     """
 
@@ -228,8 +245,8 @@ class _UnlessAbandoned:
             self._complain(unraisable)
 
 
-def _abandon_reads(error: BaseException) -> None:
-    """Frees what the error of a failed read holds, without a word about tasks that never ended."""
+def _abandon(error: BaseException) -> None:
+    """Frees what the error of a failed read or write holds, without a word about tasks that never ended."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     chained: BaseException | None = error
     while chained is not None:
@@ -250,12 +267,13 @@ def _preservation(config: CheckpointConfig) -> policies.PreservationPolicy:
     return policies.AnyPreservationPolicy([policies.LatestN(config.keep), best])
 
 
+def _reason(error: Exception) -> str:
+    """Returns what is worth quoting of an error whose text may be long."""
+    text = str(error)
+    if "No space left" in text or text.startswith("RESOURCE_EXHAUSTED"):
+        return "no space left"
+    return (text.splitlines() or [type(error).__name__])[0][:100]
+
+
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else f"[{', '.join(map(str, shape))}]"
-
-
-def _unwritable(directory: Path, error: OSError) -> ValueError:
-    return ValueError(
-        f"could not write a checkpoint to {directory}: {error.strerror or error}; free some space or choose "
-        "another --out"
-    )

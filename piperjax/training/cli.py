@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,30 +152,39 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs train.py; returns the exit code: 0, 2 for a mistake, 128 + N after signal N."""
-    # A closed pipe (`train.py | head`) must not end in a traceback when Python flushes at exit.
     try:
         code = run(parse_arguments(argv))
         sys.stdout.flush()
         return code
-    except ValueError as error:
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(
-            "train.py: error: the devices ran out of memory; use more --microbatches, --set plan.memory_mode=stage, "
-            "a smaller --batch or --seq, or more devices",
-            file=sys.stderr,
-        )
-        return 2
     except KeyboardInterrupt:
         # Once the steps have begun, Ctrl-C saves instead (interrupt.py).
         print("\nstopped before the first step", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:
+        # `train.py | head`: without this, Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
+        return 128 + signal.SIGPIPE
+    except (ValueError, OSError, RuntimeError) as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        print(f"train.py: error: {sentence}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error: Exception) -> str | None:
+    """Returns what to tell the user, None for an error that is ours and needs its traceback."""
+    if isinstance(error, OSError):
+        where = f" {error.filename}" if error.filename else ""
+        return f"cannot read or write{where}: {error.strerror or error}"
+    if isinstance(error, ValueError):
+        return " ".join(str(error).split())
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "the devices ran out of memory; use more --microbatches, --set plan.memory_mode=stage, a smaller "
+            "--batch or --seq, or more devices"
+        )
+    return None
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -219,3 +219,24 @@ def test_other_models_are_refused(run, executor, bigram, changes):
 def test_reading_where_nothing_was_saved(tmp_path):
     with pytest.raises(ValueError, match="there is no checkpoint in .*; train there first"):
         Checkpoints(tmp_path)
+
+
+def test_a_full_disk_is_explained_and_earlier_checkpoints_are_kept(tmp_path, executor, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, KEEP_ALL)
+    state = init_state(executor, 0)
+    checkpoints.save(1, executor, state, description={})
+    checkpoints.wait()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(ValueError) as caught:
+        checkpoints.save(2, executor, state, description={})
+    message = str(caught.value)
+    assert (
+        "could not write a checkpoint to" in message
+        and "(no space left); the earlier ones are kept" in message
+    )
+    checkpoints.close()
+    assert int(Checkpoints(tmp_path).restore(1, executor).step) == 1

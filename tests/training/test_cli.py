@@ -157,6 +157,15 @@ def test_running_out_of_memory_is_explained(monkeypatch, capsys):
     assert message.startswith("train.py: error: the devices ran out of memory; use more --microbatches")
 
 
+def test_errors_of_the_system_are_explained(monkeypatch, capsys):
+    error = OSError(28, "No space left on device", "runs/tiny/metrics.jsonl")
+    code, message = ends_with(monkeypatch, capsys, error)
+    assert code == 2
+    assert (
+        message == "train.py: error: cannot read or write runs/tiny/metrics.jsonl: No space left on device\n"
+    )
+
+
 def test_other_errors_are_not_hidden(monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="a bug"):
         ends_with(monkeypatch, capsys, RuntimeError("a bug"))
