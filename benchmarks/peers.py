@@ -270,8 +270,11 @@ def install(directory: Path, python: Path, python312: Path | None) -> None:
       ValueError: if pip would take a build of torch for GPUs.
     """
     pip = _environment(directory / "huggingface", python)
-    plan = json.loads(_output([*pip, "install", "-q", "--dry-run", "--report", "-", *HUGGING_FACE], {}))
-    chosen = [package["metadata"]["name"].lower() for package in plan["install"]]
+    with tempfile.TemporaryDirectory() as temporary:
+        plan = Path(temporary, "plan.json")
+        _output([*pip, "install", "--dry-run", "--report", plan, *HUGGING_FACE], {})
+        packages = json.loads(plan.read_text())["install"]
+    chosen = [package["metadata"]["name"].lower() for package in packages]
     heavy = [name for name in chosen if name.startswith(("nvidia", "cuda"))]
     if heavy:
         raise ValueError(
