@@ -1,6 +1,4 @@
-"""The classic schedules, one stage per pipe rank: GPipe, 1F1B, and the forward pass alone."""
-
-from collections.abc import Callable
+"""The classic schedules: GPipe and 1F1B with one stage per pipe rank, and the forward pass alone."""
 
 from piperjax.schedules.schedule import Action, Schedule, loop_placement
 
@@ -56,6 +54,35 @@ def forward_only(num_stages: int, num_microbatches: int) -> Schedule:
     )
 
 
+def forward_only_like(schedule: Schedule, num_microbatches: int) -> Schedule:
+    """Builds the evaluation schedule for the stages as another schedule places them.
+
+    A rank runs the deepest stage whose input is there, so with v chunks and microbatches of f seconds per
+    chunk the pipeline is full after `(P - 1) f` and little waits between chunks.
+    """
+    done: dict[tuple[int, int], int] = {}
+    following = [0] * schedule.num_stages
+    ranks: list[list[Action]] = [[] for _ in schedule.stage_of_chunk]
+    tick = 0
+    while len(done) < schedule.num_stages * num_microbatches:
+        for rank, stages in enumerate(schedule.stage_of_chunk):
+            for stage in sorted(stages, reverse=True):
+                m = following[stage]
+                if m < num_microbatches and (not stage or done.get((stage - 1, m), tick) < tick):
+                    ranks[rank].append(Action("F", stage, m))
+                    done[stage, m], following[stage] = tick, m + 1
+                    break
+        tick += 1
+    return Schedule(
+        name="forward_only",
+        num_stages=schedule.num_stages,
+        num_microbatches=num_microbatches,
+        ranks=tuple(map(tuple, ranks)),
+        stage_of_chunk=schedule.stage_of_chunk,
+        passes="forward",
+    )
+
+
 def _one_stage_per_rank(name: str, num_microbatches: int, ranks: tuple[tuple[Action, ...], ...]) -> Schedule:
     return Schedule(
         name=name,
@@ -66,22 +93,12 @@ def _one_stage_per_rank(name: str, num_microbatches: int, ranks: tuple[tuple[Act
     )
 
 
-BUILDERS: dict[str, Callable[[int, int], Schedule]] = {"gpipe": gpipe, "one_f_one_b": one_f_one_b}
-ALIASES = {"1f1b": "one_f_one_b"}
+def __getattr__(name: str):
+    """Hands out what moved to `registry`."""
+    from piperjax.schedules import registry
 
-
-def build(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
-    """Builds a schedule by its name.
-
-    Raises:
-      ValueError: if no schedule has that name.
-    """
-    from difflib import get_close_matches
-
-    name = ALIASES.get(name, name)
-    if name not in BUILDERS:
-        known = [*BUILDERS, *ALIASES]
-        near = get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no schedule named {name!r}; schedules are {', '.join(known)}{hint}")
-    return BUILDERS[name](num_ranks, num_microbatches)
+    if name == "BUILDERS":
+        return {key: entry.builder for key, entry in registry.ENTRIES.items()}
+    if name in ("ALIASES", "build"):
+        return getattr(registry, name)
+    raise AttributeError(name)

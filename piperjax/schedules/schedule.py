@@ -64,6 +64,8 @@ class Schedule:
       ranks: for each pipe rank its actions in the order it runs them.
       stage_of_chunk: for each pipe rank the stages it holds, in chunk order.
       passes: "forward_backward" for training, "forward" for evaluation.
+      clock: how `ticks.pack` lays it out unless told otherwise: "dual" (a forward and a backward per tick),
+        "single" (one action per tick) or "ordered" (a rank's order is kept strictly).
     """
 
     name: str
@@ -72,6 +74,7 @@ class Schedule:
     ranks: tuple[tuple[Action, ...], ...]
     stage_of_chunk: tuple[tuple[int, ...], ...]
     passes: Literal["forward_backward", "forward"] = "forward_backward"
+    clock: Literal["dual", "single", "ordered"] = "dual"
 
     def __post_init__(self):
         if self.num_stages < 1 or self.num_microbatches < 1:
@@ -79,6 +82,8 @@ class Schedule:
                 f"schedule {self.name!r}: needs at least one stage and one microbatch, got "
                 f"{self.num_stages} stages and {self.num_microbatches} microbatches"
             )
+        if self.clock not in ("dual", "single", "ordered"):
+            raise ValueError(f"schedule {self.name!r}: clock is dual, single or ordered, got {self.clock!r}")
         self._check_placement()
         self._check_once()
         order = _executable_order(self)
@@ -196,27 +201,36 @@ def loop_placement(num_ranks: int, num_chunks: int = 1) -> tuple[tuple[int, ...]
     return tuple(tuple(range(rank, num_ranks * num_chunks, num_ranks)) for rank in range(num_ranks))
 
 
-def parse(text: str, *, name: str = "custom") -> Schedule:
+def v_placement(num_ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Stages of each rank when they go down the ranks and back up: rank r holds r and 2P - 1 - r."""
+    return tuple((rank, 2 * num_ranks - 1 - rank) for rank in range(num_ranks))
+
+
+def parse(text: str, *, name: str = "custom", clock: str = "ordered") -> Schedule:
     """Reads a schedule from lines of actions, one line per pipe rank; the inverse of `str`.
 
-    A line may begin with `rank 0 |`; actions are separated by spaces or commas; `#` starts a comment.
+    A line may begin with `rank 0 |`; actions are separated by spaces, or by commas with empty cells between
+    them (CSV); `#` starts a comment. What a person wrote is kept in that order: the clock is "ordered".
 
     Raises:
       ValueError: if a token is no action or the schedule is invalid.
     """
     rows = []
-    for line in text.splitlines():
-        body = line.split("#", 1)[0].split("|", 1)[-1].replace(",", " ").split()
+    for number, line in enumerate(text.splitlines(), start=1):
+        body = line.split("#", 1)[0].split("|", 1)[-1].replace(",", " ").replace('"', " ").split()
         if body:
-            rows.append(tuple(Action.parse(token) for token in body))
+            try:
+                rows.append(tuple(Action.parse(token) for token in body))
+            except ValueError as error:
+                raise ValueError(f"schedule {name!r}, line {number}: {error}") from None
     if not rows:
         raise ValueError(
             f"schedule {name!r}: no actions found; write one line per pipe rank such as '0F0 0B0'"
         )
-    return from_rows(rows, name=name)
+    return from_rows(rows, name=name, clock=clock)
 
 
-def from_rows(rows: Iterable[tuple[Action, ...]], *, name: str) -> Schedule:
+def from_rows(rows: Iterable[tuple[Action, ...]], *, name: str, clock: str = "dual") -> Schedule:
     """Builds a schedule from actions alone: sizes and placement are read off the actions."""
     ranks = tuple(tuple(row) for row in rows)
     everything = [action for row in ranks for action in row]
@@ -229,4 +243,5 @@ def from_rows(rows: Iterable[tuple[Action, ...]], *, name: str) -> Schedule:
         ranks=ranks,
         stage_of_chunk=held,
         passes="forward" if kinds == {"F"} else "forward_backward",
+        clock=clock,
     )

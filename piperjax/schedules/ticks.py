@@ -1,4 +1,4 @@
-"""The lockstep clock: packing a schedule into ticks that hold one forward and one backward each.
+"""The lockstep clock: laying a schedule out in ticks that all ranks step through together.
 
 The executor exchanges activations and gradients with the neighbours at the start of every tick, so all
 ranks step together and a tick lasts as long as its slowest rank. With one action per tick a rank that runs
@@ -7,14 +7,22 @@ F waits for its neighbour that runs B; with one F *and* one B per tick nobody wa
 
     S=2, M=3   rank 0 | 0F0 0F1     0F2+0B0 0B1     0B2
                rank 1 | .   1F0+1B0 1F1+1B1 1F2+1B2 .        (columns are ticks)
+
+A tick runs F, then B or I, then W. What it sends to another rank is there from the next tick on, what stays
+on the rank in the same tick.
 """
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Literal
 
-from piperjax.schedules.schedule import Action, Schedule
-
-MAX_WEIGHT_GRADIENTS_PER_TICK = 2
+from piperjax.schedules.filling import (
+    MAX_WEIGHT_GRADIENTS_PER_TICK,
+    UNITS,
+    Ticks,
+    fill_weight_gradients,
+)
+from piperjax.schedules.schedule import Action, Schedule, v_placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +41,29 @@ class TickTable:
         """Tick of every action."""
         return {a: tick for tick, row in enumerate(self.ticks) for actions in row for a in actions}
 
+    def rank_orders(self) -> tuple[tuple[Action, ...], ...]:
+        """Per rank: its actions in the order the table runs them."""
+        return tuple(
+            tuple(action for row in self.ticks for action in row[rank])
+            for rank in range(self.schedule.num_ranks)
+        )
+
     def peak_in_flight(self) -> tuple[int, ...]:
         """Per rank: most (stage, microbatch) pairs whose forward has run and whose backward has not ended."""
-        peaks = []
-        for rank in range(self.schedule.num_ranks):
-            live = peak = 0
-            for row in self.ticks:
-                live += sum(action.kind == "F" for action in row[rank])
-                peak = max(peak, live)
-                live -= sum(action.kind in "BI" for action in row[rank])
-            peaks.append(peak)
-        return tuple(peaks)
+        return tuple(_peak(actions, "F", "BI") for actions in self.rank_orders())
+
+    def peak_held(self) -> tuple[int, ...]:
+        """Per rank: most (stage, microbatch) pairs between F and the end of B or W, what the papers count."""
+        return tuple(_peak(actions, "F", "BW") for actions in self.rank_orders())
+
+    def peak_waiting(self) -> tuple[int, ...]:
+        """Per rank: most (stage, microbatch) pairs between I and the end of W."""
+        return tuple(_peak(actions, "I", "W") for actions in self.rank_orders())
+
+    @property
+    def units(self) -> int:
+        """Lockstep cost at equal times: F, I and W one unit each, B two."""
+        return sum(max(sum(UNITS[a.kind] for a in actions) for actions in row) for row in self.ticks)
 
     def __str__(self) -> str:
         schedule = self.schedule
@@ -56,25 +76,57 @@ class TickTable:
         )
 
 
-def pack(schedule: Schedule) -> TickTable:
-    """Packs a schedule into dual-slot ticks, each action as early as its inputs allow.
+def pack(schedule: Schedule, slots: Literal["dual", "single", "ordered"] | None = None) -> TickTable:
+    """Lays a schedule out in ticks, by default on its own clock.
 
-    Every rank keeps its order of forwards and its order of backwards. A backward waits for the forwards that
-    precede it in the schedule (so GPipe stays GPipe), a forward does not wait for backwards: in lockstep it
-    would only delay its neighbours.
+    - "dual": a forward and a backward per tick, each as early as its inputs allow. Every rank keeps its order
+      of forwards and its order of backwards. A backward waits for the forwards that precede it in the schedule
+      (so GPipe stays GPipe), a forward does not wait for backwards: in lockstep it would only delay its
+      neighbours. On a V the two queues become one wave (`_v_wave`). Weight gradients go where they cost
+      least (`filling`).
+    - "single": one action per tick in the schedule's order. At equal times of F, I and W this is the
+      asynchronous timeline, with its bubble and its memory.
+    - "ordered": the schedule's order is kept strictly; a tick takes one action, or as many as follow each
+      other as F, B or I, W, whichever layout costs less.
     """
+    slots = slots or schedule.clock
+    if slots == "ordered":
+        tables = [_table(schedule, _in_order(schedule, several=several)) for several in (True, False)]
+        return min(tables, key=lambda table: table.units)
+    if slots == "single":
+        return _table(schedule, _in_order(schedule, several=False))
+    if slots != "dual":
+        raise ValueError(f"ticks are laid out as dual, single or ordered, got {slots!r}")
+    on_a_v = schedule.num_chunks == 2 and schedule.stage_of_chunk == v_placement(schedule.num_ranks)
+    split = any(action.kind == "W" for actions in schedule.ranks for action in actions)
+    ticks = _v_wave(schedule) if on_a_v else _two_queues(schedule)
+    return _table(schedule, fill_weight_gradients(ticks) if split else ticks)
+
+
+def _table(schedule: Schedule, ticks: Ticks) -> TickTable:
+    return TickTable(schedule=schedule, ticks=tuple(tuple(map(tuple, row)) for row in ticks))
+
+
+def _peak(actions: tuple[Action, ...], begins: str, ends: str) -> int:
+    live = peak = 0
+    for action in actions:
+        live += action.kind in begins
+        peak = max(peak, live)
+        live -= action.kind in ends
+    return peak
+
+
+def _two_queues(schedule: Schedule) -> Ticks:
+    """One F and one B or I per tick, each rank's forwards and backwards in their own order."""
     done: dict[Action, int] = {}
-    forwards, backwards, weights = (
-        [deque(a for a in actions if a.kind in kinds) for actions in schedule.ranks]
-        for kinds in ("F", "BI", "W")
+    forwards, backwards = (
+        [deque(a for a in actions if a.kind in kinds) for actions in schedule.ranks] for kinds in ("F", "BI")
     )
     forwards_before = _forwards_before(schedule)
     forwards_done = [0] * schedule.num_ranks
-    ticks = []
-    total = sum(map(len, schedule.ranks))
-    while len(done) < total:
-        tick = len(ticks)
-        row = []
+    ticks: Ticks = []
+    while any(forwards) or any(backwards):
+        tick, row = len(ticks), []
         for rank in range(schedule.num_ranks):
             actions = []
             if forwards[rank] and _ready(forwards[rank][0], done, tick, schedule):
@@ -86,16 +138,40 @@ def pack(schedule: Schedule) -> TickTable:
                 if forwards_before[head] <= forwards_done[rank] and _ready(head, done, tick, schedule):
                     actions.append(backwards[rank].popleft())
                     done[head] = tick
-            # A weight gradient fills the slot that a missing forward or backward leaves.
-            room = MAX_WEIGHT_GRADIENTS_PER_TICK if len(actions) < 2 else 1
-            while weights[rank] and room and _ready(weights[rank][0], done, tick, schedule):
-                actions.append(weights[rank].popleft())
-                done[actions[-1]] = tick
-                room -= 1
-            row.append(tuple(actions))
+            row.append(actions)
         assert any(row), "a valid schedule always has an action that can run"
-        ticks.append(tuple(row))
-    return TickTable(schedule=schedule, ticks=tuple(ticks))
+        ticks.append(row)
+    return ticks
+
+
+def _in_order(schedule: Schedule, *, several: bool) -> Ticks:
+    """Every rank's actions in the schedule's order; several per tick only as F, then B or I, then W."""
+    done: dict[Action, int] = {}
+    waiting = [deque(actions) for actions in schedule.ranks]
+    ticks: Ticks = []
+    while any(waiting):
+        tick, row = len(ticks), []
+        for queue in waiting:
+            actions: list[Action] = []
+            while queue and _fits(actions, queue[0], several) and _ready(queue[0], done, tick, schedule):
+                actions.append(queue.popleft())
+                done[actions[-1]] = tick
+            row.append(actions)
+        assert any(row), "a valid schedule always has an action that can run"
+        ticks.append(row)
+    return ticks
+
+
+def _fits(actions: list[Action], action: Action, several: bool) -> bool:
+    """Whether a tick that holds `actions` may go on with `action`."""
+    if not actions:
+        return True
+    last = actions[-1].kind
+    if not several or action.kind == "F":
+        return False
+    if action.kind == "W":
+        return sum(a.kind == "W" for a in actions) < MAX_WEIGHT_GRADIENTS_PER_TICK
+    return last == "F"
 
 
 def _forwards_before(schedule: Schedule) -> dict[Action, int]:
@@ -110,7 +186,10 @@ def _forwards_before(schedule: Schedule) -> dict[Action, int]:
 
 
 def _ready(action: Action, done: dict[Action, int], tick: int, schedule: Schedule) -> bool:
-    """Whether the inputs are there: own results count in the same tick, sent ones from the next tick on."""
+    """Whether the inputs are there: a neighbour's results count from the next tick on, own ones in the same.
+
+    Own results that one tick can use are a W after its I and a backward after the last stage's forward.
+    """
     kind, stage, microbatch = action
     if kind == "F":
         return stage == 0 or done.get(Action("F", stage - 1, microbatch), tick) < tick
@@ -122,3 +201,21 @@ def _ready(action: Action, done: dict[Action, int], tick: int, schedule: Schedul
         return True
     later = (done.get(Action(kind, stage + 1, microbatch), tick) for kind in "BI")
     return min(later) < tick
+
+
+def _v_wave(schedule: Schedule) -> Ticks:
+    """On a V: F(m) of stage s at tick `2m + s`, its backward at `2m + 2 (2P - 1) - s`.
+
+    A rank's two stages differ by an odd number, so forwards never meet, nor do backwards. At most `2P + 1`
+    chunks are in flight, and with f and b seconds per chunk lockstep costs `(2M + 2P - 2) (f + b)`.
+    """
+    last = schedule.num_stages - 1
+    num_ticks = 2 * (schedule.num_microbatches - 1) + (1 if schedule.passes == "forward" else 2) * last + 1
+    ticks: Ticks = [[[] for _ in schedule.ranks] for _ in range(num_ticks)]
+    for kinds in ("F", "BI"):
+        for rank, actions in enumerate(schedule.ranks):
+            for action in actions:
+                if action.kind in kinds:
+                    hops = action.stage if action.kind == "F" else 2 * last - action.stage
+                    ticks[2 * action.microbatch + hops][rank].append(action)
+    return ticks

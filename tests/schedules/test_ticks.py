@@ -39,9 +39,9 @@ def test_gpipe_stays_gpipe():
 
 
 def test_weight_gradients_follow_their_input_gradient():
-    table = pack(parse("0F0 0I0 0F1 0I1 0W0 0W1", name="split"))
+    table = pack(parse("0F0 0I0 0F1 0I1 0W0 0W1", name="split"), "dual")
     ticks = table.tick_of()
     for action, tick in ticks.items():
         if action.kind == "W":
             assert tick >= ticks[action._replace(kind="I")]
-    assert len(ticks) == 6
+    assert len(ticks) == 6 and len(table.ticks) == 2
