@@ -13,6 +13,7 @@ on the rank in the same tick.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,15 +51,15 @@ class TickTable:
 
     def peak_in_flight(self) -> tuple[int, ...]:
         """Per rank: most (stage, microbatch) pairs whose forward has run and whose backward has not ended."""
-        return tuple(_peak(actions, "F", "BI") for actions in self.rank_orders())
+        return tuple(most_between("F", "BI", actions) for actions in self.rank_orders())
 
     def peak_held(self) -> tuple[int, ...]:
         """Per rank: most (stage, microbatch) pairs between F and the end of B or W, what the papers count."""
-        return tuple(_peak(actions, "F", "BW") for actions in self.rank_orders())
+        return tuple(most_between("F", "BW", actions) for actions in self.rank_orders())
 
     def peak_waiting(self) -> tuple[int, ...]:
         """Per rank: most (stage, microbatch) pairs between I and the end of W."""
-        return tuple(_peak(actions, "I", "W") for actions in self.rank_orders())
+        return tuple(most_between("I", "W", actions) for actions in self.rank_orders())
 
     @property
     def units(self) -> int:
@@ -107,7 +108,8 @@ def _table(schedule: Schedule, ticks: Ticks) -> TickTable:
     return TickTable(schedule=schedule, ticks=tuple(tuple(map(tuple, row)) for row in ticks))
 
 
-def _peak(actions: tuple[Action, ...], begins: str, ends: str) -> int:
+def most_between(begins: str, ends: str, actions: Iterable[Action]) -> int:
+    """Most (stage, microbatch) pairs at once whose action of kind `begins` has run and whose `ends` has not."""
     live = peak = 0
     for action in actions:
         live += action.kind in begins

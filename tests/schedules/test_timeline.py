@@ -53,6 +53,48 @@ def test_forward_only_passes_through():
     assert lockstep(pack(forward_only(4, 6)), ActionCosts()).step_seconds == pytest.approx(9.0)
 
 
+def test_every_rank_is_timed_from_its_own_first_action():
+    timeline = simulate(gpipe(3, 4), ActionCosts(forward=1.0, backward=2.0))
+    assert timeline.rank_bubble_seconds == timeline.bubble_seconds == 6.0
+    evaluation = simulate(forward_only(4, 6), ActionCosts())
+    assert evaluation.bubble_seconds == 3.0 and evaluation.rank_bubble_seconds == 0.0
+
+
+def test_exposed_communication_lengthens_f_and_b():
+    costs = ActionCosts(
+        forward=1.0, backward=2.0, exposed_forward=0.5, exposed_backward=(0.25, 0.0, 0.0, 0.0)
+    )
+    for timeline in (simulate(one_f_one_b(4, 20), costs), lockstep(pack(one_f_one_b(4, 20)), costs)):
+        assert max(timeline.busy_seconds) == pytest.approx(20 * 3.75)
+        assert min(timeline.busy_seconds) == pytest.approx(20 * 3.5)
+
+
+def test_embedding_and_head_are_of_the_edges_asynchronously_and_of_everybody_in_lockstep():
+    costs = ActionCosts(forward=1.0, backward=2.0, embedding=0.5, head=1.5, embedding_gradient=0.25)
+    M = 6
+    alone = simulate(one_f_one_b(1, M), costs).step_seconds
+    assert alone == lockstep(pack(one_f_one_b(1, M)), costs).step_seconds == pytest.approx(M * 5.25)
+    ends = simulate(one_f_one_b(3, M), costs).busy_seconds
+    assert ends == pytest.approx((M * 3.75, M * 3.0, M * 4.5))
+    together = lockstep(pack(one_f_one_b(3, M)), costs)
+    assert together.busy_seconds == pytest.approx((M * 3.0,) * 3)
+    assert together.step_seconds == pytest.approx((M + 2) * 3.0 + M * 2.25)
+
+
+def test_no_backward_of_a_tick_starts_before_its_head():
+    costs = ActionCosts(forward=(1.0, 5.0), backward=2.0, head=1.0)
+    timeline = lockstep(pack(one_f_one_b(2, 2)), costs)
+    assert str(timeline.schedule.ranks[0][-1]) == "0B1"
+    assert timeline.step_seconds == pytest.approx(1 + 2 * (5 + 1 + 2) + 2)
+
+
+def test_costs_are_one_number_or_one_per_stage():
+    with pytest.raises(
+        ValueError, match="forward seconds must be one number or one per stage, got 2 for 3 stages"
+    ):
+        simulate(gpipe(3, 4), ActionCosts(forward=(1.0, 2.0)))
+
+
 def test_negative_costs_are_refused():
     with pytest.raises(ValueError, match="forward seconds must not be negative, got -1.0"):
         ActionCosts(forward=-1.0)
