@@ -22,11 +22,27 @@ def test_show_reads_a_file_and_writes_svg(tmp_path, capsys):
     assert picture.read_text().startswith("<svg")
 
 
+def test_show_knows_chunks_clocks_and_times(tmp_path, capsys):
+    picture = tmp_path / "a.svg"
+    drawing = ["--svg", str(picture)]
+    assert main(["show", "interleaved", "--chunks", "3", "--pipe", "2", "--microbatches", "4", *drawing]) == 0
+    assert "interleaved: 6 stages on 2 pipe ranks" in capsys.readouterr().out
+    assert "in lockstep" in picture.read_text()
+    assert main(["show", "zbv", "--clock", "async", "--weight-gradient", "0.5", *drawing]) == 0
+    assert "zb_v: 8 stages on 4 pipe ranks, 8 microbatches" in capsys.readouterr().out
+    assert "asynchronous" in picture.read_text() and "weight gradient" in picture.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["show", "gpip"], "did you mean 'gpipe'?"),
         (["show", "gpipe", "--pipe", "0"], "at least one stage"),
+        (["show", "interleaved", "--microbatches", "6"], "must be a multiple of 4, got 6"),
+        (["show", "zb_v", "--chunks", "3"], "has 2 stages per pipe rank, got 3"),
+        (["show", "dualpipe_v", "--pipe", "8"], "at least two microbatches per pipe rank, 16 in all, got 8"),
+        (["show", "v_min", "--weight-gradient", "-1"], "weight_gradient seconds must not be negative"),
+        (["show", "nowhere.csv"], "cannot read the schedule file nowhere.csv"),
         (["show", "gpipe", "--microbatches", "-3"], "at least one stage and one microbatch"),
         (["show", "gpipe", "--forward", "0"], "must be positive"),
         (["show", "gpipe", "--transfer", "-1"], "transfer seconds must not be negative"),

@@ -13,7 +13,7 @@ def interleaved(num_ranks: int, num_microbatches: int, num_chunks: int = 2) -> S
     Raises:
       ValueError: if M is no multiple of P or there are fewer than two chunks.
     """
-    if num_microbatches % num_ranks:
+    if num_ranks > 0 and num_microbatches % num_ranks:
         raise ValueError(
             f"interleaved deals microbatches out in groups of the {num_ranks} pipe ranks, so their number must "
             f"be a multiple of {num_ranks}, got {num_microbatches}; use one_f_one_b for other numbers"
