@@ -208,7 +208,7 @@ def _ready(action: Action, done: dict[Action, int], tick: int, schedule: Schedul
 def _v_wave(schedule: Schedule) -> Ticks:
     """On a V: F(m) of stage s at tick `2m + s`, its backward at `2m + 2 (2P - 1) - s`.
 
-    A rank's two stages differ by an odd number, so forwards never meet, nor do backwards. At most `2P + 1`
+    A rank's two stages differ by an odd number, so forwards never meet, nor do backwards. At most `2P`
     chunks are in flight, and with f and b seconds per chunk lockstep costs `(2M + 2P - 2) (f + b)`.
     """
     last = schedule.num_stages - 1

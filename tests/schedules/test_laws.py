@@ -82,7 +82,7 @@ def test_ticks(name, v, everything):
         elif name in ("one_f_one_b", "zb_h1", "zb_dual"):
             assert max(table.peak_in_flight()) == min(2 * P - 1, M)
         elif chunks == 2 and name != "interleaved":
-            assert max(table.peak_in_flight()) <= 2 * P + 1
+            assert max(table.peak_in_flight()) == 2 * min(P, M)
             assert held <= 2 * P + 1 + P // 2
         assert held <= max(2 * P * chunks, M if name == "gpipe" else 0)
 
@@ -99,11 +99,11 @@ def test_slots_are_coloured_within_the_peak(name, v):
 def tolerated(name, P, M):
     """Largest lockstep cost over asynchronous cost at equal times, and where 1.05 cannot hold."""
     if name in ("zb_h1", "zb_dual") and P < M < 2 * (P - 1):
-        return 1.23  # The wave is not filled: W finds slack on too few ranks at once.
-    if name == "zb_v" and 10 * M < 33 * P:
-        return 1.08  # P - 1 units more than asynchronously, whatever M is.
+        return 1.20  # The wave is not filled: W finds slack on too few ranks at once.
+    if name == "zb_v" and M < 3 * P:
+        return 1.10  # P - 1 units more than asynchronously, whatever M is.
     if name == "dualpipe_v" and M < 8 * P:
-        return 1.16  # Whole backwards in the steady phase leave no W to fill the wave's ends with.
+        return 1.15  # Whole backwards in the steady phase leave no W to fill the wave's ends with.
     return 1.05
 
 
