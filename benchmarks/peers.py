@@ -104,6 +104,7 @@ def sizes(model: ModelConfig) -> dict[str, int | float]:
         "seq_len": SEQ_LEN,
         "steps": STEPS,
         "threads": THREADS,
+        "memory_mode": "products",
     }
 
 

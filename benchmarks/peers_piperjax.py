@@ -18,7 +18,11 @@ def main() -> None:
     size = json.loads(sys.argv[1])
     model = preset("peers_bench")
     executor = make_executor(
-        model, num_microbatches=1, microbatch_size=size["batch_size"], seq_len=size["seq_len"]
+        model,
+        num_microbatches=1,
+        microbatch_size=size["batch_size"],
+        seq_len=size["seq_len"],
+        memory_mode=size["memory_mode"],
     )
     data = DataConfig(batch_size=size["batch_size"], seq_len=size["seq_len"])
     config = TrainConfig(model=model, plan=executor.plan, data=data, steps=size["steps"])

@@ -158,6 +158,12 @@ def cast_params(params: Params, dtype: jax.typing.DTypeLike) -> Params:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
+def is_small_parameter(path: tuple[jax.tree_util.DictKey, ...]) -> bool:
+    """Whether a layer's parameter is a norm, a bias, a router or another gate: its gradient costs next to nothing."""
+    name = str(path[-1].key)
+    return name in ("router", "shared_gate") or name.endswith(("norm", "bias"))
+
+
 class Output(NamedTuple):
     """Result of a pass over one microbatch: logits [B, S, V], auxiliary loss, load [num_moe_layers, E]."""
 

@@ -1,15 +1,17 @@
 """A plan: which mesh, schedule and partition a model is trained with. Immutable, and valid if it exists."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 from meshes.platform import Platform
 from models import cost
 from models.config import ModelConfig
 from piperjax.planner.partition import partition_layers
-from piperjax.schedules import classic
+from piperjax.schedules import registry
 from piperjax.schedules.schedule import Schedule
 from piperjax.schedules.ticks import TickTable, pack
+
+MEMORY_MODES = ("stage", "layer", "named", "products", "stash")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +23,15 @@ class Plan:
       data: data-parallel replicas of the experts.
       expert: devices that share the experts of a layer.
       expert_factors: the expert axis as (group, node, local), outermost first; their product is `expert`.
-      schedule: name of the pipeline schedule.
+      schedule: name of the pipeline schedule, or the path of a schedule file.
+      num_chunks: stages per pipe rank; 0 for the schedule's own number.
       num_microbatches: microbatches per step.
       layers_per_stage: layers held by each stage, in layer order.
       batch_size: sequences per step over all devices.
       seq_len: tokens per sequence.
-      memory_mode: what a forward keeps for its backward: the input of every "layer", or of the "stage" only.
+      memory_mode: what a forward keeps for its backward: the input of the "stage" only, the input of every
+        "layer", also what expert dispatch sends and returns ("named"), the results of all matrix products but
+        those inside attention ("products"), or every intermediate result ("stash").
       dispatch: name of the dispatcher.
       capacity_factor: rows per destination over the balanced number; 0 means dropless.
     """
@@ -40,9 +45,10 @@ class Plan:
     layers_per_stage: tuple[int, ...]
     batch_size: int
     seq_len: int
-    memory_mode: Literal["layer", "stage"] = "layer"
+    memory_mode: str = "layer"
     dispatch: str = "flat"
     capacity_factor: float = 0.0
+    num_chunks: int = 0
 
     def __post_init__(self):
         for name in ("pipe", "data", "expert", "num_microbatches", "batch_size", "seq_len"):
@@ -55,8 +61,10 @@ class Plan:
             raise ValueError(
                 f"every stage needs at least one layer, got layers_per_stage = {self.layers_per_stage}"
             )
-        if self.memory_mode not in ("layer", "stage"):
-            raise ValueError(f"memory_mode must be 'layer' or 'stage', got {self.memory_mode!r}")
+        if self.memory_mode not in MEMORY_MODES:
+            raise ValueError(
+                f"memory_mode must be one of {', '.join(MEMORY_MODES)}, got {self.memory_mode!r}"
+            )
         if self.capacity_factor < 0:
             raise ValueError(f"capacity_factor must be 0 (dropless) or positive, got {self.capacity_factor}")
         self._check_batch()
@@ -98,7 +106,7 @@ class Plan:
 
     def build_schedule(self) -> Schedule:
         """The schedule as a value."""
-        return classic.build(self.schedule, self.pipe, self.num_microbatches)
+        return registry.build(self.schedule, self.pipe, self.num_microbatches, self.num_chunks)
 
     def tick_table(self) -> TickTable:
         """The table that is executed."""
@@ -116,7 +124,7 @@ class Plan:
           ValueError: if a field is missing or unknown.
         """
         known = {field.name for field in fields(cls)}
-        missing = known - set(values) - {"memory_mode", "dispatch", "capacity_factor"}
+        missing = known - set(values) - {"memory_mode", "dispatch", "capacity_factor", "num_chunks"}
         if missing or set(values) - known:
             raise ValueError(
                 f"a plan has the fields {', '.join(sorted(known))}; missing: {', '.join(sorted(missing)) or 'none'}, "
@@ -148,15 +156,17 @@ def default_plan(
     expert: int | None = None,
     schedule: str = "one_f_one_b",
     num_microbatches: int | None = None,
-    memory_mode: Literal["layer", "stage"] = "layer",
+    memory_mode: str = "layer",
     dispatch: str = "flat",
     capacity_factor: float = 0.0,
+    num_chunks: int = 0,
 ) -> Plan:
     """Completes a plan by a simple rule; sizes that are given (not None) are kept.
 
     Expert: the most devices of one node that divide the experts, so that all-to-alls stay inside the node.
     Pipe: as few stages as hold the training state (16 bytes per parameter) in 60 % of device memory.
-    Data: the devices that remain. Microbatches: up to four per stage, as many as divide the batch.
+    Data: the devices that remain. Microbatches: up to four per pipe rank, as many as divide the batch and as the
+    schedule can have.
 
     Raises:
       ValueError: if the sizes do not fit the devices, the model or the batch.
@@ -170,20 +180,30 @@ def default_plan(
             f"{pipe * data * expert}; give -1 to one of them to fill it"
         )
     _check_expert(model, expert)
+    schedule = registry.canonical(schedule)
+    chunks = registry.chunks_of(schedule, num_chunks)
+    num_stages = pipe * chunks
+    if chunks > 1 and num_stages > model.num_layers:
+        raise ValueError(
+            f"schedule {schedule!r} splits the model into {pipe} pipe ranks x {chunks} = {num_stages} stages, but "
+            f"{model.name} has {model.num_layers} layers; use --pipe {max(1, model.num_layers // chunks)} or fewer"
+        )
     layer_costs = tuple(float(layer.total) for layer in cost.flop_per_token(model, seq_len).layers)
     return Plan(
         pipe=pipe,
         data=data,
         expert=expert,
         expert_factors=platform.expert_factors(expert=expert, pipe=pipe, data=data),
-        schedule=classic.ALIASES.get(schedule, schedule),
-        num_microbatches=num_microbatches or _default_microbatches(batch_size, pipe, data * expert),
-        layers_per_stage=partition_layers(layer_costs, pipe),
+        schedule=schedule,
+        num_microbatches=num_microbatches
+        or _default_microbatches(batch_size, pipe, data * expert, schedule, num_chunks),
+        layers_per_stage=partition_layers(layer_costs, num_stages),
         batch_size=batch_size,
         seq_len=seq_len,
         memory_mode=memory_mode,
         dispatch=dispatch,
         capacity_factor=capacity_factor,
+        num_chunks=num_chunks,
     )
 
 
@@ -220,11 +240,23 @@ def _default_pipe(
     return min(fits) if fits else max(choices)
 
 
-def _default_microbatches(batch_size: int, pipe: int, shards: int) -> int:
+def _default_microbatches(batch_size: int, pipe: int, shards: int, schedule: str, num_chunks: int) -> int:
+    if registry.is_file(schedule):
+        return registry.read(schedule).num_microbatches
     if pipe == 1:
         return 1
-    fits = [m for m in range(1, 4 * pipe + 1) if batch_size % (m * shards) == 0]
-    return max(fits, default=1)
+    refused = None
+    for number in range(4 * pipe, 0, -1):
+        if batch_size % (number * shards) == 0:
+            try:
+                registry.build(schedule, pipe, number, num_chunks)
+            except ValueError as error:  # Such as an interleaved schedule, which needs a multiple of pipe.
+                refused = refused or error
+            else:
+                return number
+    if refused:
+        raise refused
+    return 1
 
 
 def _divisors(number: int) -> list[int]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from piperjax.runtime.permute import (
     Exchange,
@@ -28,6 +29,9 @@ from piperjax.runtime.permute import (
     take,
 )
 from piperjax.runtime.varying import vary, vary_like
+
+# What the memory mode "named" keeps: rows as they reach their experts, and as they come back.
+DISPATCHED, COMBINED = "dispatched", "combined"
 
 ExpertFFN = Callable[[jax.Array, jax.Array], jax.Array]
 Experts = Callable[[ExpertFFN, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
@@ -121,14 +125,16 @@ def _flat(expert_ffn, x, expert_ids, gates, num_experts, *, axes, capacity_facto
     )
     sent = spread_rows(x, where)
     if num_devices == 1:
-        results = expert_ffn(sent, sizes)
+        results = expert_ffn(checkpoint_name(sent, DISPATCHED), sizes)
     else:
         sizes = lax.all_to_all(sizes, axes, 0, 0, tiled=True).reshape(num_devices, -1)
-        received = lax.all_to_all(sent, axes, 0, 0, tiled=True)
+        sizes = checkpoint_name(sizes, DISPATCHED)
+        received = checkpoint_name(lax.all_to_all(sent, axes, 0, 0, tiled=True), DISPATCHED)
         exchange = group_received(sizes, num_rows=received.shape[0])
         grouped = move_rows(received, exchange)
         results = expert_ffn(grouped, sizes.sum(0, dtype=jnp.int32))
         results = lax.all_to_all(move_rows(results, exchange.reversed()), axes, 0, 0, tiled=True)
+    results = checkpoint_name(results, COMBINED)
     dropped = jnp.zeros((), jnp.float32) if where.kept is None else (~where.kept).sum(dtype=jnp.float32)
     return combine_rows(results, gates, where), vary_like(dropped, x)
 

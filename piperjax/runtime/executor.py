@@ -21,7 +21,7 @@ from piperjax.planner.plan import Plan
 from piperjax.runtime import layout as layouts
 from piperjax.runtime.stage import LayerTable
 from piperjax.runtime.step import Step
-from piperjax.schedules.classic import forward_only
+from piperjax.schedules.classic import forward_only_like
 from piperjax.schedules.lower import LoweredSchedule, lower
 from piperjax.schedules.ticks import pack
 
@@ -174,7 +174,7 @@ class Executor:
     def evaluate(self, params: dict, router_bias: jax.Array, batch: dict) -> StepStats:
         """Loss and statistics of a batch without gradients (traceable; call inside jit)."""
         microbatches = batch["tokens"].shape[0]
-        lowered = lower(pack(forward_only(self.plan.pipe, microbatches)))
+        lowered = lower(pack(forward_only_like(self.plan.build_schedule(), microbatches)))
         return self._run(lowered, params, router_bias, batch, grad_specs={})[1]
 
     def _run(self, lowered: LoweredSchedule, params, router_bias, batch, *, grad_specs):

@@ -2,23 +2,25 @@
 
 Weights are sliced one layer at a time inside the scan, `leaf[chunk, index]`, and gradients are added in
 place at the same index: a slice of a whole chunk would be copied at every tick. Backward is driven by hand,
-one `jax.vjp` per layer, so that nothing differentiates through a loop and memory is one layer's.
+one layer at a time, so that nothing differentiates through a loop and working memory is one layer's.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from piperjax.runtime import slots
 from piperjax.runtime.layout import LayerLayout
+from piperjax.runtime.passes import LayerPasses, Surroundings
 from piperjax.runtime.varying import vary
 
-LayerFunction = Callable[[dict, jax.Array, object], tuple[jax.Array, jax.Array, dict]]
+# For each layer kind, one buffer [slot, L_kind, ...] per array.
+Buffers = dict[str, list[jax.Array]]
+SurroundingsOf = Callable[[jax.Array], Surroundings]
 
 
 class Totals(NamedTuple):
@@ -43,166 +45,223 @@ class LayerTable(NamedTuple):
     moe_index: jax.Array
 
 
+class Place(NamedTuple):
+    """Per device: where a microbatch's stage finds its own.
+
+    Attributes:
+      chunk: which of the rank's stages.
+      surroundings_of: arrays of a layer's context as a function of its index among the MoE layers.
+      slot: slot of the stash.
+      tap_slot: slot of the taps, where backward comes in two parts.
+    """
+
+    chunk: jax.Array
+    surroundings_of: SurroundingsOf
+    slot: jax.Array | None = None
+    tap_slot: jax.Array | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Runs the layers of one stage.
+    """Per device: runs the layers of one stage.
 
     Attributes:
       layout: which layer is where.
-      functions: `(params, x, context) -> (y, aux, stats)` for each layer kind.
-      memory_mode: what forward keeps: the input of every "layer", or of the "stage" only.
+      passes: passes of each layer kind.
+      by_stage: whether forward keeps the input of the stage only.
+      params: layers of this rank by kind, leaves `[chunk, L_kind, ...]`.
+      table: layer columns of this rank.
+      empty: a buffer of a shape and dtype, filled with what must not be read.
     """
 
     layout: LayerLayout
-    functions: dict[str, LayerFunction]
-    memory_mode: Literal["layer", "stage"]
+    passes: dict[str, LayerPasses]
+    by_stage: bool
+    params: dict
+    table: LayerTable
+    empty: Callable[[tuple[int, ...], Any], jax.Array]
 
-    @property
-    def stash_positions(self) -> int:
-        """Layer inputs kept per microbatch and stage."""
-        return self.layout.positions if self.memory_mode == "layer" else 1
+    def stash_buffers(self, num_slots: int, x: jax.Array) -> Buffers:
+        """Buffers for what forwards keep of `num_slots` microbatches, given an `x` [B, S, D]."""
+        if self.by_stage:
+            return {"": [self.empty((num_slots, *x.shape), x.dtype)]}
+        return self._buffers(num_slots, {kind: passes.kept for kind, passes in self.passes.items()})
+
+    def tap_buffers(self, num_slots: int) -> Buffers:
+        """Buffers for what input gradients hand to weight gradients."""
+        return self._buffers(num_slots, {kind: passes.taps for kind, passes in self.passes.items()})
+
+    def _buffers(self, num_slots: int, shapes: dict) -> Buffers:
+        return {
+            kind: [
+                self.empty((num_slots, self.layout.layer_ids[kind].shape[2], *one.shape), one.dtype)
+                for one in of_kind
+            ]
+            for kind, of_kind in shapes.items()
+        }
 
     def forward(
-        self, params: dict, table: LayerTable, chunk: jax.Array, x: jax.Array, context_of, totals, keep
-    ):
-        """Per device: applies the stage to `x` [B, S, D].
+        self, place: Place, x: jax.Array, totals: Totals | None, stash: Buffers | None
+    ) -> tuple[jax.Array, Totals | None, Buffers | None]:
+        """Per device: applies the stage to `x` [B, S, D]; returns its output, totals, and the stash.
 
         Args:
-          params: layers of this rank by kind, leaves `[chunk, L_kind, ...]`.
-          table: layer columns of this rank.
-          chunk: which of the rank's stages.
+          place: chunk, surroundings and slot of the microbatch.
           x: stage input.
-          context_of: layer context as a function of the layer's index among MoE layers.
-          totals: `Totals` so far.
-          keep: function `(stash, position, x) -> stash` and the stash, or `(None, None)`.
-
-        Returns:
-          Stage output, totals, stash.
+          totals: `Totals` so far; None if nobody counts.
+          stash: what to keep in; None if there is no backward.
         """
-        write, stash = keep
-        if write is not None and self.memory_mode == "stage":
-            stash = write(stash, np.int32(0), x)
+        if self.by_stage and stash is not None:
+            stash = {"": [slots.write(stash[""][0], x, place.slot)]}
+            y, totals, _ = self._layers_forward(place, x, totals, None)
+            return y, totals, stash
+        return self._layers_forward(place, x, totals, stash)
+
+    def _layers_forward(self, place: Place, x: jax.Array, totals: Totals | None, stash: Buffers | None):
+        def branch(kind: str, position):
+            def run(operands):
+                x, stash = operands
+                index, surroundings = self._at(place, position)
+                result, kept = self.passes[kind].forward(
+                    self._weights(kind, place.chunk, index), x, surroundings
+                )
+                if stash is not None:
+                    written = [
+                        slots.write(buffer, value, place.slot, index)
+                        for buffer, value in zip(stash[kind], kept, strict=True)
+                    ]
+                    stash = {**stash, kind: written}
+                statistics = None if totals is None else result[1:]
+                return vary((result.y, statistics)), stash
+
+            return run
+
+        def nothing(operands):
+            x, stash = operands
+            if totals is None:
+                return (x, None), stash
+            load = jnp.zeros(totals.load.shape[2:], totals.load.dtype)
+            zeros = (jnp.zeros((), totals.aux.dtype), load, jnp.zeros((), totals.dropped.dtype))
+            return vary((x, zeros)), stash
 
         def body(carry, position):
             x, totals, stash = carry
-            if write is not None and self.memory_mode == "layer":
-                stash = write(stash, position, x)
-            x, aux, load, dropped = self._switch(
-                slots.read(table.kind, chunk, position),
-                [
-                    self._forward_branch(kind, params, table, (chunk, position), context_of)
-                    for kind in self.layout.kinds
-                ],
-                lambda x: (x, *self._no_statistics(totals)),
-                x,
-            )
-            totals = Totals(
-                totals.aux + aux, slots.add(totals.load, load, chunk, position), totals.dropped + dropped
-            )
+            branches = [branch(kind, position) for kind in self.layout.kinds]
+            (x, statistics), stash = self._switch(place.chunk, position, branches, nothing, (x, stash))
+            if totals is not None:
+                aux, load, dropped = statistics
+                load = slots.add(totals.load, load, place.chunk, position)
+                totals = Totals(totals.aux + aux, load, totals.dropped + dropped)
             return (x, totals, stash), None
 
-        (x, totals, stash), _ = lax.scan(body, (x, totals, stash), self._positions())
-        return x, totals, stash
+        return lax.scan(body, (x, totals, stash), self._positions())[0]
 
     def backward(
-        self, params: dict, table: LayerTable, chunk, read, gradient, *, context_of, scale, grads: dict
-    ):
-        """Per device: input gradient of the stage; weight gradients are added to `grads` in place.
+        self,
+        place: Place,
+        gradient: jax.Array,
+        *,
+        scale: jax.Array,
+        stash: Buffers,
+        grads: dict,
+        taps: Buffers | None = None,
+    ) -> tuple[jax.Array, dict, Buffers | None]:
+        """Per device: gradient of the stage input; weight gradients are added to `grads` in place.
 
         Args:
-          params, table, chunk, context_of: as in `forward`.
-          read: function of a position that returns the kept layer (or stage) input [B, S, D].
+          place: chunk, surroundings and slots of the microbatch.
           gradient: gradient of the stage output [B, S, D].
           scale: gradient of the loss with respect to this device's auxiliary loss.
+          stash: what forwards kept.
           grads: accumulators like `params`.
+          taps: if given, the gradients of large weights are left to `weight_gradient`, which needs these.
 
         Returns:
-          Gradient of the stage input [B, S, D], accumulators.
+          Gradient of the stage input [B, S, D], accumulators, taps.
         """
-        if self.memory_mode == "stage":
-            inputs = self._recompute(params, table, chunk, read(np.int32(0)), context_of)
+        slot = place.slot
+        if self.by_stage:
+            stash, slot, x = (
+                self.stash_of_one(),
+                jnp.zeros_like(place.slot),
+                slots.read(stash[""][0], place.slot),
+            )
+            stash = self._layers_forward(place._replace(slot=slot), x, None, stash)[2]
 
-            def read(position):
-                return slots.read(inputs, position)
+        def branch(kind: str, position):
+            passes = self.passes[kind]
+
+            def run(operands):
+                gradient, grads, taps = operands
+                index, surroundings = self._at(place, position)
+                kept = [slots.read(buffer, slot, index) for buffer in stash[kind]]
+                weights = self._weights(kind, place.chunk, index)
+                arguments = (weights, kept, surroundings, gradient, scale)
+                if taps is None:
+                    x_grad, weight_grads = passes.backward(*arguments)
+                else:
+                    x_grad, weight_grads, values = passes.input_gradient(*arguments)
+                    written = [
+                        slots.write(buffer, value, place.tap_slot, index)
+                        for buffer, value in zip(taps[kind], values, strict=True)
+                    ]
+                    taps = {**taps, kind: written}
+                return x_grad, self._added(grads, kind, weight_grads, place.chunk, index), taps
+
+            return run
 
         def body(carry, position):
-            gradient, grads = carry
-            x = read(position)
-            carry = self._switch(
-                slots.read(table.kind, chunk, position),
-                [
-                    self._backward_branch(kind, params, table, (chunk, position), context_of, scale)
-                    for kind in self.layout.kinds
-                ],
-                lambda operands: (operands[1], operands[2]),
-                (x, gradient, grads),
-            )
-            return carry, None
+            branches = [branch(kind, position) for kind in self.layout.kinds]
+            return self._switch(place.chunk, position, branches, lambda operands: operands, carry), None
 
-        (gradient, grads), _ = lax.scan(body, (gradient, grads), self._positions(), reverse=True)
-        return gradient, grads
+        return lax.scan(body, (gradient, grads, taps), self._positions(), reverse=True)[0]
+
+    def weight_gradient(self, place: Place, *, grads: dict, taps: Buffers) -> dict:
+        """Per device: adds the weight gradients that `backward` left; returns the accumulators."""
+
+        def branch(kind: str, position):
+            def run(grads):
+                index, surroundings = self._at(place, position)
+                values = [slots.read(buffer, place.tap_slot, index) for buffer in taps[kind]]
+                weights = self._weights(kind, place.chunk, index)
+                weight_grads = self.passes[kind].weight_gradient(weights, values, surroundings)
+                return self._added(grads, kind, weight_grads, place.chunk, index)
+
+            return run
+
+        def body(grads, position):
+            branches = [branch(kind, position) for kind in self.layout.kinds]
+            return self._switch(place.chunk, position, branches, lambda grads: grads, grads), None
+
+        return lax.scan(body, grads, self._positions())[0]
+
+    def stash_of_one(self) -> Buffers:
+        """Buffers for what the layers of one stage keep of one microbatch."""
+        return self._buffers(1, {kind: passes.kept for kind, passes in self.passes.items()})
+
+    def _added(self, grads: dict, kind: str, weight_grads: list, chunk: jax.Array, index: jax.Array) -> dict:
+        totals, structure = jax.tree.flatten(grads[kind])
+        added = [
+            total if grad is None else slots.add(total, grad, chunk, index)
+            for total, grad in zip(totals, weight_grads, strict=True)
+        ]
+        return {**grads, kind: jax.tree.unflatten(structure, added)}
 
     def _positions(self) -> jax.Array:
         # Not varying: a predicate read at a position must vary over pipe only, as the layer table does.
         return jnp.arange(self.layout.positions, dtype=jnp.int32)
 
-    def _switch(self, kind: jax.Array, branches: list, nothing, operands):
+    def _switch(self, chunk: jax.Array, position: jax.Array, branches: list, nothing, operands):
         if self.layout.is_uniform:
             return branches[0](operands)
         has_gaps = bool((self.layout.kind == len(self.layout.kinds)).any())
+        kind = slots.read(self.table.kind, chunk, position)
         return lax.switch(kind, branches + ([nothing] if has_gaps else []), operands)
 
-    def _slice(self, params: dict, kind: str, table: LayerTable, place: tuple) -> dict:
-        chunk, position = place
-        index = slots.read(table.index, chunk, position)
-        return jax.tree.map(lambda leaf: slots.read(leaf, chunk, index), params[kind])
+    def _at(self, place: Place, position: jax.Array) -> tuple[jax.Array, Surroundings]:
+        """Index of a layer among those of its kind on its chunk, and its surroundings."""
+        index = slots.read(self.table.index, place.chunk, position)
+        return index, place.surroundings_of(slots.read(self.table.moe_index, place.chunk, position))
 
-    def _no_statistics(self, totals: Totals) -> tuple[jax.Array, ...]:
-        return vary((jnp.zeros((), totals.aux.dtype), jnp.zeros(totals.load.shape[2:], totals.load.dtype),
-                     jnp.zeros((), totals.dropped.dtype)))  # fmt: skip
-
-    def _forward_branch(self, kind: str, params: dict, table: LayerTable, place: tuple, context_of):
-        def run(x):
-            context = context_of(slots.read(table.moe_index, *place))
-            y, aux, stats = self.functions[kind](self._slice(params, kind, table, place), x, context)
-            return vary((y, aux, stats["load"], stats["dropped"]))
-
-        return run
-
-    def _backward_branch(self, kind: str, params: dict, table: LayerTable, place: tuple, context_of, scale):
-        def run(operands):
-            x, gradient, grads = operands
-            context = context_of(slots.read(table.moe_index, *place))
-
-            def apply(weights, x):
-                y, aux, _ = self.functions[kind](weights, x, context)
-                return vary((y, aux))
-
-            (_, aux), vjp = jax.vjp(apply, self._slice(params, kind, table, place), x)
-            weight_grads, x_grad = vjp((gradient, scale.astype(aux.dtype)))
-            chunk, position = place
-            at = (chunk, slots.read(table.index, chunk, position))
-            added = jax.tree.map(lambda total, g: slots.add(total, g, *at), grads[kind], weight_grads)
-            return x_grad, {**grads, kind: added}
-
-        return run
-
-    def _recompute(self, params: dict, table: LayerTable, chunk, x: jax.Array, context_of) -> jax.Array:
-        """Inputs of every layer of the stage, `[position, B, S, D]`."""
-
-        def body(x, position):
-            place = (chunk, position)
-
-            def branch(kind):
-                def run(x):
-                    context = context_of(slots.read(table.moe_index, *place))
-                    return vary(self.functions[kind](self._slice(params, kind, table, place), x, context)[0])
-
-                return run
-
-            y = self._switch(
-                slots.read(table.kind, *place), [branch(kind) for kind in self.layout.kinds], lambda x: x, x
-            )
-            return y, x
-
-        return lax.scan(body, x, self._positions())[1]
+    def _weights(self, kind: str, chunk: jax.Array, index: jax.Array) -> dict:
+        return jax.tree.map(lambda leaf: slots.read(leaf, chunk, index), self.params[kind])

@@ -7,6 +7,7 @@ A tick, on every device:
     F          if this rank's row says so
     head       if some rank ended the forward of a microbatch     [all pipe ranks together]
     B          if this rank's row says so
+    W          weight gradients, where backward comes in two parts
     embedding gradient, likewise                                  [all pipe ranks together]
 
 Both exchanges stand at the very start: placed between F and B they would make the backward of one rank wait
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from meshes.axes import AXES, BATCH, EXPERT, PIPE
@@ -31,7 +33,8 @@ from piperjax.runtime import slots
 from piperjax.runtime.dispatch import make_experts
 from piperjax.runtime.grouped_matmul import grouped_matmul
 from piperjax.runtime.layout import LayerLayout
-from piperjax.runtime.stage import LayerTable, Stage, Totals
+from piperjax.runtime.passes import MEMORY_MODES, LayerPasses, Surroundings
+from piperjax.runtime.stage import Buffers, LayerTable, Place, Stage, Totals
 from piperjax.runtime.varying import vary
 from piperjax.runtime.vocabulary import add_embedding_gradient, embed, from_owner, head_loss
 from piperjax.schedules.lower import LoweredSchedule
@@ -42,7 +45,9 @@ class _Carry(NamedTuple):
 
     Attributes:
       y, g: activation and gradient that leave at the next exchange, [B, S, D].
-      inputs, gradients, stash: slot buffers.
+      inputs, gradients: slot buffers of what has arrived.
+      stash: slot buffers of what forwards keep for backwards.
+      taps: slot buffers of what input gradients leave for weight gradients.
       grads: gradient accumulators in device layout, without the pipe dimension.
       loss: this device's share of the loss.
       totals: what forwards add up.
@@ -52,7 +57,8 @@ class _Carry(NamedTuple):
     g: jax.Array | None
     inputs: jax.Array | None
     gradients: jax.Array | None
-    stash: jax.Array | None
+    stash: Buffers | None
+    taps: Buffers | None
     grads: dict | None
     loss: jax.Array
     totals: Totals
@@ -139,21 +145,42 @@ class _Scan:
         # An all-padding batch has no loss and must not divide by zero.
         self.loss_scale = vary(1.0 / jnp.maximum(self.num_tokens.astype(wide), 1.0))
         self.aux_scale = vary(jnp.asarray(1.0 / batch["tokens"].shape[0], wide))
-        self.table = LayerTable(*(column[0] for column in table))
+        self.experts = make_experts(self.plan.dispatch, EXPERT, self.plan.capacity_factor)
         functions = step.layer_functions or {
             kind: transformer.layer_function(self.config, kind) for kind in self.config.kinds
         }
-        self.stage = Stage(layout=step.layout, functions=functions, memory_mode=self.plan.memory_mode)
-        self.experts = make_experts(self.plan.dispatch, EXPERT, self.plan.capacity_factor)
+        mode = MEMORY_MODES[self.plan.memory_mode]
+        self.x = vary(jnp.zeros((*batch["tokens"].shape[1:], self.config.d_model), self.dtype))
+        self.stage = Stage(
+            layout=step.layout,
+            passes={kind: self._passes(kind, function, mode.policy) for kind, function in functions.items()},
+            by_stage=mode.by_stage,
+            params=params["layers"],
+            table=LayerTable(*(column[0] for column in table)),
+            empty=self._empty,
+        )
+
+    def _passes(self, kind: str, function, policy) -> LayerPasses:
+        weights = jax.tree.map(lambda leaf: leaf[0, 0], self.params["layers"][kind])
+        first = np.int32(0)
+        return LayerPasses(
+            function, policy, self._context, weights, self.x, self._surroundings_of(first)(first)
+        )
+
+    def _empty(self, shape: tuple[int, ...], dtype) -> jax.Array:
+        """A buffer of what must not be read."""
+        if jnp.issubdtype(dtype, jnp.floating):
+            return vary(jnp.full(shape, self.buffer_fill, dtype))
+        poison = self.buffer_fill != 0 and jnp.issubdtype(dtype, jnp.integer)
+        return vary(jnp.full(shape, jnp.iinfo(dtype).max if poison else 0, dtype))
 
     def initial_carry(self) -> _Carry:
-        lowered, dtype = self.lowered, jnp.dtype(self.dtype)
-        wide = jnp.promote_types(dtype, jnp.float32)
-        hidden = (*self.batch["tokens"].shape[1:], self.config.d_model)
+        lowered = self.lowered
+        wide = jnp.promote_types(self.dtype, jnp.float32)
         trains, chunks = lowered.has_backward, lowered.table.schedule.num_chunks
 
         def buffer(*count):
-            return jnp.full((*count, *hidden), self.buffer_fill, dtype)
+            return self._empty((*count, *self.x.shape), self.x.dtype)
 
         def accumulator(leaf):
             return jnp.zeros(leaf.shape, jnp.promote_types(self.master_dtype, jnp.float32))
@@ -161,11 +188,12 @@ class _Scan:
         load = (chunks, self.stage.layout.positions, self.config.num_experts)
         return vary(
             _Carry(
-                y=jnp.full(hidden, self.buffer_fill, dtype),
-                g=jnp.full(hidden, self.buffer_fill, dtype) if trains else None,
+                y=buffer(),
+                g=buffer() if trains else None,
                 inputs=buffer(lowered.num_input_slots + 1) if lowered.num_input_slots else None,
                 gradients=buffer(lowered.num_gradient_slots + 1) if trains else None,
-                stash=buffer(lowered.num_stash_slots, self.stage.stash_positions) if trains else None,
+                stash=self.stage.stash_buffers(lowered.num_stash_slots, self.x) if trains else None,
+                taps=self.stage.tap_buffers(lowered.num_tap_slots) if lowered.num_tap_slots else None,
                 grads=jax.tree.map(accumulator, self.params) if trains else None,
                 loss=jnp.zeros((), wide),
                 totals=Totals(jnp.zeros((), wide), jnp.zeros(load, jnp.float32), jnp.zeros((), jnp.float32)),
@@ -180,6 +208,8 @@ class _Scan:
         carry = self._head(carry, rank, tick)
         if self.lowered.has_backward:
             carry = self._backward(carry, rank)
+            for number in range(self.lowered.weight_gradients_per_tick):
+                carry = self._weight_gradient(carry, rank, number)
             carry = self._embedding_gradient(carry, rank, tick)
         return carry, None
 
@@ -206,22 +236,12 @@ class _Scan:
             if self.lowered.num_input_slots:
                 arrived = slots.read(carry.inputs, rank["forward_input"])
                 x = jnp.where(rank["forward_is_first"] == 1, embedded, arrived)
-            keep = (None, None)
-            if self.lowered.has_backward:
-
-                def write(stash, position, x):
-                    return slots.write(stash, x, rank["forward_stash"], position)
-
-                keep = (write, carry.stash)
-            y, totals, stash = self.stage.forward(
-                self.params["layers"],
-                self.table,
+            place = Place(
                 rank["forward_chunk"],
-                x,
-                self._context_of(rank["forward_microbatch"]),
-                carry.totals,
-                keep,
+                self._surroundings_of(rank["forward_microbatch"]),
+                slot=rank["forward_stash"],
             )
+            y, totals, stash = self.stage.forward(place, x, carry.totals, carry.stash)
             return carry._replace(y=y, totals=totals, stash=stash)
 
         return self._when(rank, "forward_on", run, lambda carry: carry, carry)
@@ -258,22 +278,39 @@ class _Scan:
 
     def _backward(self, carry: _Carry, rank: dict) -> _Carry:
         def run(carry):
-            def read(position):
-                return slots.read(carry.stash, rank["backward_stash"], position)
-
-            g, layers = self.stage.backward(
-                self.params["layers"],
-                self.table,
+            place = Place(
                 rank["backward_chunk"],
-                read,
-                slots.read(carry.gradients, rank["backward_gradient"]),
-                context_of=self._context_of(rank["backward_microbatch"]),
-                scale=self.aux_scale,
-                grads=carry.grads["layers"],
+                self._surroundings_of(rank["backward_microbatch"]),
+                slot=rank["backward_stash"],
+                tap_slot=rank["backward_taps"],
             )
-            return carry._replace(g=g, grads={**carry.grads, "layers": layers})
+            g, layers, taps = self.stage.backward(
+                place,
+                slots.read(carry.gradients, rank["backward_gradient"]),
+                scale=self.aux_scale,
+                stash=carry.stash,
+                grads=carry.grads["layers"],
+                taps=carry.taps,
+            )
+            return carry._replace(g=g, grads={**carry.grads, "layers": layers}, taps=taps)
 
         return self._when(rank, "backward_on", run, lambda carry: carry, carry)
+
+    def _weight_gradient(self, carry: _Carry, rank: dict, number: int) -> _Carry:
+        columns = {
+            name: column[number] for name, column in rank.items() if name.startswith("weight_gradient_")
+        }
+
+        def run(carry):
+            place = Place(
+                columns["weight_gradient_chunk"],
+                self._surroundings_of(columns["weight_gradient_microbatch"]),
+                tap_slot=columns["weight_gradient_taps"],
+            )
+            layers = self.stage.weight_gradient(place, grads=carry.grads["layers"], taps=carry.taps)
+            return carry._replace(grads={**carry.grads, "layers": layers})
+
+        return lax.cond(columns["weight_gradient_on"] == 1, run, lambda carry: carry, carry)
 
     def _embedding_gradient(self, carry: _Carry, rank: dict, tick: dict) -> _Carry:
         def run(carry):
@@ -291,26 +328,28 @@ class _Scan:
             return run(*operands)
         return lax.cond(column[name] == 1, run, otherwise, *operands)
 
-    def _context_of(self, microbatch: jax.Array):
-        """Layer context of a microbatch, as a function of the index among MoE layers."""
+    def _surroundings_of(self, microbatch: jax.Array):
+        """Arrays of a layer's context for a microbatch, as a function of the index among MoE layers."""
         positions, segment_ids = (
             slots.read(self.batch[name], microbatch) for name in ("positions", "segment_ids")
         )
 
-        def context(moe_index):
-            return LayerContext(
-                positions=positions,
-                segment_ids=segment_ids,
-                router_bias=slots.read(self.router_bias, moe_index)
-                if self.config.moe_layers
-                else self.router_bias,
-                experts=self.experts,
-                grouped_matmul=grouped_matmul,
-                all_sum=_sum_over_batch,
-                num_shards=self.plan.data * self.plan.expert,
+        def surroundings(moe_index):
+            bias = self.router_bias
+            return Surroundings(
+                positions, segment_ids, slots.read(bias, moe_index) if self.config.moe_layers else bias
             )
 
-        return context
+        return surroundings
+
+    def _context(self, surroundings: Surroundings) -> LayerContext:
+        return LayerContext(
+            **surroundings._asdict(),
+            experts=self.experts,
+            grouped_matmul=grouped_matmul,
+            all_sum=_sum_over_batch,
+            num_shards=self.plan.data * self.plan.expert,
+        )
 
 
 def _sum_over_batch(x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ buffer has exactly as many slots as values ever wait at once on the worst rank.
 """
 
 import heapq
+from collections import Counter
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -27,10 +28,13 @@ class RankColumns:
       forward_is_last: the forward's result goes to the head instead of a neighbour.
       forward_input: slot of the arrived activation that the forward reads.
       forward_stash: slot where the forward keeps what backward needs.
-      backward_on, backward_microbatch, backward_chunk: the backward of this tick, if any.
+      backward_on, backward_microbatch, backward_chunk: the backward (or input gradient) of this tick, if any.
       backward_is_first: the backward's result goes to the embedding.
       backward_stash: slot with what the forward kept.
       backward_gradient: slot with the arrived output gradient.
+      backward_taps: slot where an input gradient leaves what its weight gradient needs.
+      weight_gradient_on, weight_gradient_microbatch, weight_gradient_chunk, weight_gradient_taps: weight
+        gradients of this tick, `[ticks, ranks, weight gradients per tick]`.
       head_gradient: gradient slot that receives this tick's gradient of the head.
       input_arrival: input slot that receives what arrives over each forward channel.
       gradient_arrival: gradient slot that receives what arrives over each backward channel.
@@ -49,6 +53,11 @@ class RankColumns:
     backward_is_first: np.ndarray
     backward_stash: np.ndarray
     backward_gradient: np.ndarray
+    backward_taps: np.ndarray
+    weight_gradient_on: np.ndarray
+    weight_gradient_microbatch: np.ndarray
+    weight_gradient_chunk: np.ndarray
+    weight_gradient_taps: np.ndarray
     head_gradient: np.ndarray
     input_arrival: np.ndarray
     gradient_arrival: np.ndarray
@@ -83,6 +92,8 @@ class LoweredSchedule:
       num_input_slots: arrived activations that wait at once (trash slot not counted).
       num_stash_slots: kept layer inputs at once.
       num_gradient_slots: arrived gradients at once.
+      num_tap_slots: input gradients at once whose weight gradients are due; 0 if backward is never split.
+      weight_gradients_per_tick: most weight gradients of a rank in one tick.
       forward_channels: rank shifts over which activations travel: +1, -1, or 0 for the rank itself.
       backward_channels: the same for gradients.
     """
@@ -93,6 +104,8 @@ class LoweredSchedule:
     num_input_slots: int
     num_stash_slots: int
     num_gradient_slots: int
+    num_tap_slots: int
+    weight_gradients_per_tick: int
     forward_channels: tuple[int, ...]
     backward_channels: tuple[int, ...]
 
@@ -110,8 +123,7 @@ class LoweredSchedule:
 def lower(table: TickTable) -> LoweredSchedule:
     """Lowers a tick table to integer columns.
 
-    Raises:
-      ValueError: if the table uses split backward (I and W), which needs a stash of weight-gradient inputs.
+    Where some backwards are split into I and W, a full B is run as both in one tick.
     """
     return _Lowering(table).run()
 
@@ -122,12 +134,12 @@ class _Lowering:
     def __init__(self, table: TickTable):
         self.table, self.schedule = table, table.schedule
         self.tick_of = table.tick_of()
-        split = next((a for a in self.tick_of if a.kind in "IW"), None)
-        if split is not None:
-            raise ValueError(
-                f"schedule {self.schedule.name!r}: the executor runs F and B, but the schedule holds {split}; "
-                "use a schedule with full backwards"
-            )
+        self.splits = any(action.kind in "IW" for action in self.tick_of)
+        # Tick of the backward or input gradient, and of the weight gradient, of a (stage, microbatch).
+        self.backward_tick = {a[1:]: tick for a, tick in self.tick_of.items() if a.kind in "BI"}
+        self.weight_tick = {a[1:]: tick for a, tick in self.tick_of.items() if self.splits and a.kind in "BW"}
+        at = [(tick, self.schedule.rank_of_stage[key[0]]) for key, tick in self.weight_tick.items()]
+        self.weights_per_tick = max(Counter(at).values(), default=0)
         size = (len(table.ticks), self.schedule.num_ranks)
         shifts = [
             _shift(
@@ -140,6 +152,9 @@ class _Lowering:
         self.shifts = shifts
         channels = {"input_arrival": len(shifts and self.forward_channels)}
         channels["gradient_arrival"] = len(self.backward_channels) if self._trains else 0
+        channels |= {
+            f.name: self.weights_per_tick for f in fields(RankColumns) if "weight_gradient" in f.name
+        }
         self.rank = {
             f.name: np.zeros(size + ((channels[f.name],) if f.name in channels else ()), np.int32)
             for f in fields(RankColumns)
@@ -151,7 +166,7 @@ class _Lowering:
         return self.schedule.passes == "forward_backward"
 
     def run(self) -> LoweredSchedule:
-        inputs, stashes, gradients = self._slots()
+        inputs, stashes, gradients, taps = self._slots()
         trash = (inputs.count, stashes.count, gradients.count)
         for name, slot in (
             ("forward_input", trash[0]),
@@ -166,8 +181,9 @@ class _Lowering:
         for action in self.tick_of:
             if action.kind == "F":
                 self._forward(action, inputs, stashes, gradients)
-            else:
-                self._backward(action, stashes, gradients)
+            elif action.kind in "BI":
+                self._backward(action, stashes, gradients, taps)
+        self._weight_gradients(taps)
         return LoweredSchedule(
             table=self.table,
             rank_columns=RankColumns(**self.rank),
@@ -175,29 +191,34 @@ class _Lowering:
             num_input_slots=inputs.count,
             num_stash_slots=stashes.count,
             num_gradient_slots=gradients.count,
+            num_tap_slots=taps.count,
+            weight_gradients_per_tick=self.weights_per_tick,
             forward_channels=self.forward_channels,
             backward_channels=self.backward_channels if self._trains else (),
         )
 
-    def _slots(self) -> tuple["_Slots", "_Slots", "_Slots"]:
+    def _slots(self) -> tuple["_Slots", "_Slots", "_Slots", "_Slots"]:
         schedule, tick_of = self.schedule, self.tick_of
-        inputs, stashes, gradients = (_Slots(schedule.num_ranks) for _ in range(3))
+        inputs, stashes, gradients, taps = (_Slots(schedule.num_ranks) for _ in range(4))
         for action, tick in tick_of.items():
             kind, stage, microbatch = action
-            rank = schedule.rank_of_stage[stage]
+            key, rank = (stage, microbatch), schedule.rank_of_stage[stage]
             if kind == "F":
                 if stage:
                     sent = tick_of[Action("F", stage - 1, microbatch)]
-                    inputs.add(rank, (stage, microbatch), sent + 1, tick)
+                    inputs.add(rank, key, sent + 1, tick)
                 if self._trains:
-                    stashes.add(rank, (stage, microbatch), tick, tick_of[Action("B", stage, microbatch)])
-            else:
+                    stashes.add(rank, key, tick, self.backward_tick[key])
+            elif kind in "BI":
                 is_last = stage == schedule.num_stages - 1
-                source = Action("F", stage, microbatch) if is_last else Action("B", stage + 1, microbatch)
-                gradients.add(rank, (stage, microbatch), tick_of[source] + (not is_last), tick)
-        for slots in (inputs, stashes, gradients):
+                source = tick_of[Action("F", stage, microbatch)] if is_last else None
+                arrival = source if is_last else self.backward_tick[stage + 1, microbatch] + 1
+                gradients.add(rank, key, arrival, tick)
+                if self.splits:
+                    taps.add(rank, key, tick, self.weight_tick[key])
+        for slots in (inputs, stashes, gradients, taps):
             slots.colour()
-        return inputs, stashes, gradients
+        return inputs, stashes, gradients, taps
 
     def _forward(self, action: Action, inputs: "_Slots", stashes: "_Slots", gradients: "_Slots"):
         _, stage, microbatch = action
@@ -223,7 +244,7 @@ class _Lowering:
             receiver = self.schedule.rank_of_stage[stage + 1]
             self.rank["input_arrival"][tick + 1, receiver, channel] = inputs.slot[stage + 1, microbatch]
 
-    def _backward(self, action: Action, stashes: "_Slots", gradients: "_Slots"):
+    def _backward(self, action: Action, stashes: "_Slots", gradients: "_Slots", taps: "_Slots"):
         _, stage, microbatch = action
         tick, rank = self.tick_of[action], self.schedule.rank_of_stage[stage]
         place, key = (tick, rank), (stage, microbatch)
@@ -232,6 +253,8 @@ class _Lowering:
         self.rank["backward_chunk"][place] = self.schedule.chunk_of_stage[stage]
         self.rank["backward_stash"][place] = stashes.slot[key]
         self.rank["backward_gradient"][place] = gradients.slot[key]
+        if self.splits:
+            self.rank["backward_taps"][place] = taps.slot[key]
         if stage == 0:
             self.rank["backward_is_first"][place] = 1
             self.tick["embedding_gradient_on"][tick] = 1
@@ -240,6 +263,17 @@ class _Lowering:
             channel = self.backward_channels.index(-self.shifts[stage - 1])
             receiver = self.schedule.rank_of_stage[stage - 1]
             self.rank["gradient_arrival"][tick + 1, receiver, channel] = gradients.slot[stage - 1, microbatch]
+
+    def _weight_gradients(self, taps: "_Slots"):
+        number = Counter()
+        for (stage, microbatch), tick in sorted(self.weight_tick.items(), key=lambda item: item[1]):
+            rank = self.schedule.rank_of_stage[stage]
+            place = (tick, rank, number[tick, rank])
+            number[tick, rank] += 1
+            self.rank["weight_gradient_on"][place] = 1
+            self.rank["weight_gradient_microbatch"][place] = microbatch
+            self.rank["weight_gradient_chunk"][place] = self.schedule.chunk_of_stage[stage]
+            self.rank["weight_gradient_taps"][place] = taps.slot[stage, microbatch]
 
 
 class _Slots:

@@ -109,7 +109,10 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
 def _add_how(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it runs")
     how.add_argument(
-        "--schedule", metavar="NAME", help="gpipe or one_f_one_b, short 1f1b (default one_f_one_b)"
+        "--schedule",
+        metavar="NAME",
+        help="gpipe, one_f_one_b (the default; short 1f1b), interleaved, zb_h1, zb_h2, zb_dual, zb_v, v_half, v_min, "
+        "dualpipe_v, or a schedule file; see python -m piperjax show",
     )
     how.add_argument(
         "--microbatches", type=int, metavar="N", help="per step (default up to four per pipe rank)"
@@ -347,6 +350,9 @@ def make_plan(
     """Returns the plan: flags first, then the resumed plan where it fits the devices, then the default rule."""
     flags = {"schedule": args.schedule, "num_microbatches": args.microbatches}
     wished = _filled(sizes, num_devices) | {name: value for name, value in flags.items() if value is not None}
+    changes = dict(changes)
+    if "num_chunks" in changes:  # It decides how many stages the layers are split into.
+        wished["num_chunks"] = changes.pop("num_chunks")
     kept: dict[str, Any] = {}
     if config.plan is not None:
         fits = not sizes and config.plan.num_devices == num_devices
@@ -354,6 +360,7 @@ def make_plan(
             return override(config.plan, changes, where="plan")
         names = ["schedule", "memory_mode", "dispatch", "capacity_factor"]
         names += ["pipe", "data", "expert", "num_microbatches"] if fits else []
+        names += ["num_chunks"] if "schedule" not in wished else []
         kept = {name: getattr(config.plan, name) for name in names}
     kept |= wished
     batch, seq_len = config.data.batch_size, config.data.seq_len

@@ -59,7 +59,18 @@ def test_stages_are_balanced_by_flop():
             "the batch of 32 sequences must divide into 3 microb",
         ),
         (dict(schedule="2f2b"), "no schedule named '2f2b'"),
-        (dict(memory_mode="full"), "memory_mode must be 'layer' or 'stage', got 'full'"),
+        (
+            dict(memory_mode="full"),
+            "memory_mode must be one of stage, layer, named, products, stash, got 'full'",
+        ),
+        (
+            dict(schedule="zb_v", pipe=4, expert=2, data=1),
+            "splits the model into 4 pipe ranks x 2 = 8 stages, but tiny has 4 layers; use --pipe 2 or fewer",
+        ),
+        (
+            dict(schedule="1f1b", num_chunks=2, pipe=2),
+            "schedule 'one_f_one_b' has one stage per pipe rank, got 2",
+        ),
         (dict(capacity_factor=-1.0), "capacity_factor must be 0 .dropless. or positive, got -1.0"),
     ],
 )
@@ -87,3 +98,24 @@ def test_json_round_trip():
         Plan.from_dict({**plan.to_dict(), "colour": "red"})
     with pytest.raises(ValueError, match="missing: pipe"):
         Plan.from_dict({k: v for k, v in plan.to_dict().items() if k != "pipe"})
+
+
+def test_a_schedule_with_chunks_has_more_stages():
+    plan = tiny_plan(schedule="interleaved", pipe=2, expert=2, data=2)
+    assert plan.layers_per_stage == (1, 1, 1, 1)
+    assert plan.num_microbatches == 8
+    assert plan.build_schedule().num_chunks == 2
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_microbatches_are_as_many_as_the_schedule_can_have():
+    # Interleaved needs a multiple of the pipe ranks: 6 of the 12 sequences, not 8 or 12.
+    plan = tiny_plan(schedule="interleaved", pipe=2, expert=4, data=1, batch_size=24)
+    assert plan.num_microbatches == 6
+
+
+def test_a_schedule_file_says_how_many_microbatches_there_are(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text(str(tiny_plan(schedule="gpipe", pipe=2, num_microbatches=4).build_schedule()))
+    plan = tiny_plan(schedule=str(path), pipe=2)
+    assert plan.num_microbatches == 4

@@ -64,3 +64,17 @@ def test_the_train_step_lowers_for_gpus_from_a_cpu(platform, dtype):
     # Expert matrices go through the Triton kernel, not through a dense or a ragged product.
     assert re.search(r"triton", text)
     assert "ragged_dot" not in text
+
+
+@pytest.mark.parametrize(
+    ("memory_mode", "expected"), [("stage", 8), ("layer", 6), ("named", 4), ("products", 4), ("stash", 4)]
+)
+def test_backward_repeats_as_many_exchanges_as_the_memory_mode_says(memory_mode, expected):
+    # One layer per stage, so that every loop over layers holds each exchange once.
+    executor = make_executor(
+        moe_model(num_layers=2), pipe=2, expert=2, num_microbatches=4, memory_mode=memory_mode
+    )
+    text = compiled_step(executor).as_text()
+    exchanges = re.findall(r"= \(?(\w+)\[[\d,]*\]\S*,? .*all-to-all(?:-start)?\(", text)
+    # Dispatch and combine, forward and backward, and what backward does again. Counts of rows are integers.
+    assert sum(dtype == "f32" for dtype in exchanges) == expected

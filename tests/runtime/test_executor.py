@@ -15,9 +15,10 @@ import pytest
 from meshes.mesh import build_mesh
 from models import transformer
 from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN, Router
-from piperjax.planner.plan import Plan
+from piperjax.planner.plan import MEMORY_MODES, Plan
 from piperjax.runtime.executor import Executor
 from piperjax.runtime.lint import check_no_deadlock
+from piperjax.schedules import registry
 
 BATCH_SIZE, SEQ_LEN = 64, 12
 MESHES = [
@@ -177,6 +178,62 @@ def test_equals_one_device_for_other_models_and_modes(config, options):
     check_equal(config, plan_for(config, **options), tolerance=1e-5)
 
 
+SCHEDULES = tuple(registry.names())
+# Every schedule and every memory mode with an expert axis; a covering part for every day.
+MODES_OF_DAY = {name: (MEMORY_MODES[i % len(MEMORY_MODES)],) for i, name in enumerate(SCHEDULES)}
+CELLS = [(name, mode) for name in SCHEDULES for mode in MEMORY_MODES]
+
+
+def check_schedule(schedule, memory_mode, *, pipe=2, expert=2, data=2, tolerance=1e-5, **options):
+    stages = pipe * registry.chunks_of(schedule)
+    config = model(num_layers=max(4, stages), **options)
+    quotient, rest = divmod(config.num_layers, stages)
+    plan = plan_for(
+        config,
+        schedule=schedule,
+        memory_mode=memory_mode,
+        pipe=pipe,
+        expert=expert,
+        data=data,
+        M=8 if schedule == "dualpipe_v" or pipe > 2 else 4,
+        layers_per_stage=tuple(quotient + (stage < rest) for stage in range(stages)),
+    )
+    check_equal(config, plan, tolerance=tolerance)
+
+
+@pytest.mark.parametrize(("schedule", "mode"), [cell for cell in CELLS if cell[1] in MODES_OF_DAY[cell[0]]])
+def test_every_schedule_and_memory_mode_equals_one_device(schedule, mode):
+    check_schedule(schedule, mode, data=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "mode"), [cell for cell in CELLS if cell[1] not in MODES_OF_DAY[cell[0]]]
+)
+def test_the_other_schedules_and_memory_modes_equal_one_device(schedule, mode):
+    check_schedule(schedule, mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_equals_one_device_over_four_ranks(schedule):
+    check_schedule(schedule, "layer", pipe=4, data=1)
+
+
+@pytest.mark.parametrize("schedule", ["zb_h1", "zb_v", "interleaved"])
+def test_schedules_evaluate_over_their_own_placement(schedule):
+    stages = 2 * registry.chunks_of(schedule)
+    config = model(num_layers=4)
+    executor = executor_for(
+        config, plan_for(config, schedule=schedule, pipe=2, layers_per_stage=(4 // stages,) * stages)
+    )
+    batch = jax.device_put(batch_for(config.vocab_size, 4), executor.batch_sharding)
+    stats = jax.jit(executor.evaluate)(executor.init_params(0), router_bias_for(config), batch)
+    cross_entropy, _, load, _ = reference(config, 4)
+    assert float(stats.loss) == pytest.approx(cross_entropy, rel=1e-5)
+    assert np.array_equal(np.asarray(stats.load), load)
+
+
 def test_evaluation_is_the_loss_of_the_step():
     config = model()
     for options in (dict(pipe=2, expert=2, data=2), dict()):
@@ -223,13 +280,18 @@ def abstract_arguments(executor):
     return executor.abstract_params, router_bias_for(config), batch
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "one_f_one_b"])
-@pytest.mark.parametrize("mesh", [(4, 2, 1), (2, 2, 2), (1, 4, 2)])
-@pytest.mark.parametrize("memory_mode", ["layer", "stage"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("mesh", "memory_mode"), [((2, 2, 2), "layer"), ((4, 2, 1), "stage"), ((2, 4, 1), "stash")]
+)
 def test_no_collective_can_deadlock(schedule, mesh, memory_mode):
-    config = model()
     pipe, expert, data = mesh
-    plan = plan_for(config, schedule=schedule, pipe=pipe, expert=expert, data=data, memory_mode=memory_mode)
+    stages = pipe * registry.chunks_of(schedule)
+    config = model(num_layers=stages)
+    plan = plan_for(
+        config, schedule=schedule, pipe=pipe, expert=expert, data=data, M=8, memory_mode=memory_mode,
+        layers_per_stage=(1,) * stages,
+    )  # fmt: skip
     executor = executor_for(config, plan)
     counts = check_no_deadlock(jax.make_jaxpr(executor.gradients)(*abstract_arguments(executor)))
     assert sum(number for (name, _), number in counts.items() if name == "all_to_all") > 0 or expert == 1

@@ -85,9 +85,34 @@ def test_columns_are_int32_and_finite_in_number():
     assert lowered.num_ticks == 8 + 2 * 3
 
 
-def test_split_backward_is_refused_by_name():
-    table = pack(parse("0F0 0I0 0W0", name="split"))
-    with pytest.raises(
-        ValueError, match="schedule 'split': the executor runs F and B, but the schedule holds 0I0"
-    ):
-        lower(table)
+def test_split_backward_gets_slots_for_what_weight_gradients_need():
+    lowered = lower(pack(parse("0F0 0I0 0F1 0I1 0W0 0W1", name="split")))
+    columns = lowered.rank_columns
+    assert lowered.num_tap_slots == 2
+    on = columns.weight_gradient_on.astype(bool)
+    done = [
+        (int(columns.weight_gradient_microbatch[place]), int(columns.weight_gradient_taps[place]))
+        for place in zip(*on.nonzero(), strict=True)
+    ]
+    written = {
+        int(columns.backward_microbatch[tick, 0]): int(columns.backward_taps[tick, 0])
+        for tick in columns.backward_on[:, 0].nonzero()[0]
+    }
+    assert dict(done) == written
+    assert sorted(written.values()) == [0, 1]
+
+
+def test_a_full_backward_among_split_ones_is_both_in_one_tick():
+    lowered = lower(pack(parse("0F0 0B0 0F1 0I1 0W1", name="mixed")))
+    columns = lowered.rank_columns
+    tick = int((columns.backward_microbatch[:, 0] + 10 * (1 - columns.backward_on[:, 0])).argmin())
+    assert columns.weight_gradient_microbatch[tick, 0][columns.weight_gradient_on[tick, 0] == 1].tolist() == [
+        0
+    ]
+    assert columns.weight_gradient_on.sum() == 2
+
+
+def test_without_split_backward_there_are_no_taps():
+    lowered = lower(pack(one_f_one_b(2, 4)))
+    assert lowered.num_tap_slots == lowered.weight_gradients_per_tick == 0
+    assert lowered.rank_columns.weight_gradient_on.shape[2] == 0
