@@ -31,6 +31,8 @@ class ActionCosts:
       embedding: seconds to look up one microbatch.
       head: seconds of head and loss of one microbatch, with their gradient.
       embedding_gradient: seconds to add one microbatch to the gradient of the embedding.
+      overlap: seconds saved when a forward and a backward that do not need each other run side by side: in one
+        tick, or one right after the other.
     """
 
     forward: PerStage = 1.0
@@ -43,6 +45,7 @@ class ActionCosts:
     embedding: float = 0.0
     head: float = 0.0
     embedding_gradient: float = 0.0
+    overlap: float = 0.0
 
     def __post_init__(self):
         for field in fields(self):
@@ -151,15 +154,20 @@ def simulate(schedule: Schedule, costs: ActionCosts) -> Timeline:
     rank_free = [0.0] * schedule.num_ranks
     start: dict[Action, float] = {}
     end: dict[Action, float] = {}
+    previous: list[Action | None] = [None] * schedule.num_ranks
     for rank, action in schedule.executable_order():
-        ready = rank_free[rank]
+        ready = 0.0
         for group in dependencies(action, schedule.num_stages):
             need = next(a for a in group if a in end)
             sent = schedule.rank_of_stage[need.stage] != rank
             ready = max(ready, end[need] + (costs.transfer if sent else 0.0))
         seconds = costs.seconds(action) + costs.edge_seconds(action, schedule.num_stages)
-        start[action] = ready
-        end[action] = rank_free[rank] = ready + seconds
+        before = previous[rank]
+        if action.kind in "BI" and before and before.kind == "F" and ready <= start[before]:
+            seconds = max(seconds - costs.overlap, 0.0)
+        start[action] = max(ready, rank_free[rank])
+        end[action] = rank_free[rank] = start[action] + seconds
+        previous[rank] = action
     return Timeline(
         schedule=schedule, start_seconds=start, end_seconds=end, step_seconds=max(end.values(), default=0.0)
     )
@@ -202,5 +210,7 @@ def _run(
     for rank, actions in enumerate(row):
         for action in actions:
             if action.kind in kinds:
+                beside = action.kind in "BI" and actions[0].kind == "F" and actions[0][1:] != action[1:]
                 start[action] = clocks[rank]
-                clocks[rank] = end[action] = clocks[rank] + costs.seconds(action)
+                seconds = max(costs.seconds(action) - costs.overlap * beside, 0.0)
+                clocks[rank] = end[action] = clocks[rank] + seconds

@@ -3,6 +3,7 @@
 import pytest
 
 from piperjax.schedules.classic import forward_only, gpipe, one_f_one_b
+from piperjax.schedules.dualpipe import dualpipe_v
 from piperjax.schedules.ticks import pack
 from piperjax.schedules.timeline import ActionCosts, lockstep, simulate
 
@@ -86,6 +87,18 @@ def test_no_backward_of_a_tick_starts_before_its_head():
     timeline = lockstep(pack(one_f_one_b(2, 2)), costs)
     assert str(timeline.schedule.ranks[0][-1]) == "0B1"
     assert timeline.step_seconds == pytest.approx(1 + 2 * (5 + 1 + 2) + 2)
+
+
+def test_overlap_is_saved_where_forward_and_backward_do_not_need_each_other():
+    costs = ActionCosts(forward=1.0, backward=2.0, overlap=0.5)
+    # Every forward and backward of a single rank are of the same microbatch.
+    assert simulate(one_f_one_b(1, 4), costs).step_seconds == 12.0
+    assert lockstep(pack(one_f_one_b(1, 4)), costs).step_seconds == 12.0
+    # In lockstep the last stage runs both of the same microbatch, so nobody is faster for the others' overlap.
+    assert lockstep(pack(one_f_one_b(2, 4)), costs).step_seconds == 15.0
+    whole = dualpipe_v(4, 64)
+    plain, paired = (simulate(whole, ActionCosts(overlap=seconds)).step_seconds for seconds in (0.0, 0.5))
+    assert plain - paired == pytest.approx(0.5 * (2 * (64 - 8) + 4), abs=3.0)
 
 
 def test_costs_are_one_number_or_one_per_stage():
