@@ -10,7 +10,7 @@ activations of one whole stage. The bars: formulas are met exactly, and a table 
 import argparse
 import sys
 
-from piperjax.schedules import registry
+from piperjax.schedules import laws, registry
 from piperjax.schedules.laws import law
 from piperjax.schedules.ticks import pack
 from piperjax.schedules.timeline import ActionCosts, lockstep, simulate
@@ -52,7 +52,7 @@ def main() -> int:
         f"{'ratio':>8s}{'formula':>9s}{'async':>7s}{'table':>7s}{'flying':>8s}"
     )
     missed, costly = [], {}
-    for name in registry.names():
+    for name in laws.names():
         for num_chunks in (2, 4) if name == "interleaved" else (0,):
             for num_ranks, num_microbatches in CASES:
                 line, exact, ratio = row(name, num_ranks, num_microbatches, num_chunks)

@@ -95,10 +95,10 @@ def _one_stage_per_rank(name: str, num_microbatches: int, ranks: tuple[tuple[Act
 
 def __getattr__(name: str):
     """Hands out what moved to `registry`."""
+    if name not in ("ALIASES", "BUILDERS", "build"):
+        raise AttributeError(name)
     from piperjax.schedules import registry
 
     if name == "BUILDERS":
         return {key: entry.builder for key, entry in registry.ENTRIES.items()}
-    if name in ("ALIASES", "build"):
-        return getattr(registry, name)
-    raise AttributeError(name)
+    return getattr(registry, name)

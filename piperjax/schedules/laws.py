@@ -56,6 +56,11 @@ class Law:
         return self.bubble_seconds + (num_ranks - 1) * forward * self.per_rank
 
 
+def names() -> tuple[str, ...]:
+    """Schedules that have a law."""
+    return tuple(_LAWS)
+
+
 def law(
     name: str,
     num_ranks: int,

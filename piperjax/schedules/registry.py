@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from piperjax.schedules.auto import auto
 from piperjax.schedules.classic import gpipe, one_f_one_b
 from piperjax.schedules.dualpipe import dualpipe_v
 from piperjax.schedules.interleaved import interleaved
@@ -45,6 +46,7 @@ ENTRIES = {
     "v_half": Entry(v_half, num_chunks=2),
     "v_min": Entry(v_min, num_chunks=2),
     "dualpipe_v": Entry(dualpipe_v, num_chunks=2),
+    "auto": Entry(auto, num_chunks=2, takes_chunks=True),
 }
 ALIASES = {
     "1f1b": "one_f_one_b",

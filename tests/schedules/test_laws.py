@@ -13,7 +13,7 @@ from functools import cache
 
 import pytest
 
-from piperjax.schedules import registry
+from piperjax.schedules import laws, registry
 from piperjax.schedules.laws import law
 from piperjax.schedules.lower import lower
 from piperjax.schedules.schedule import Action, dependencies
@@ -23,7 +23,7 @@ from piperjax.schedules.timeline import ActionCosts, lockstep, simulate
 EQUAL = ActionCosts()
 RANKS, MICROBATCHES = (1, 2, 3, 4, 7, 8, 16), (1, 2, 3, 4, 8, 16, 33, 64)
 SLOW = pytest.mark.slow
-CASES = [(name, 0) for name in registry.names() if name != "interleaved"]
+CASES = [(name, 0) for name in laws.names() if name != "interleaved"]
 CASES += [("interleaved", v) for v in (2, 3, 4)]
 
 
@@ -139,7 +139,7 @@ def test_dual_ticks_need_no_equal_times(times):
 def test_asynchronous_laws_that_need_no_equal_times(times):
     f, i, w = times
     costs = ActionCosts(forward=f, backward=i + w, input_gradient=i, weight_gradient=w)
-    for name in registry.names():
+    for name in laws.names():
         for P, M in ((1, 4), (2, 4), (4, 8), (4, 32), (8, 32), (16, 64)):
             schedule = registry.build(name, P, M)
             expected = law(
@@ -158,6 +158,10 @@ def test_halves_and_thirds():
         assert 0.5 * one_f_one_b <= least.bubble_seconds <= 0.75 * one_f_one_b
         assert P / 2 <= half.peak_held / 2 <= P / 2 + 1
         assert P / 3 <= least.peak_held / 2 <= P / 3 + 4 / 3
+
+
+def test_every_named_schedule_has_a_law():
+    assert set(laws.names()) == set(registry.names()) - {"auto"}
 
 
 def test_an_unknown_law_is_one_sentence():
