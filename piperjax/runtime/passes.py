@@ -94,6 +94,9 @@ class LayerPasses:
         weights: dict,
         x: jax.Array,
         surroundings: Surroundings,
+        *,
+        trains: bool = True,
+        splits: bool = True,
     ):
         """Traces the passes.
 
@@ -102,7 +105,10 @@ class LayerPasses:
           policy: of a `MemoryMode`.
           context_of: the layer's context from its arrays.
           weights, x, surroundings: values of the right shapes, types and mesh axes; used for nothing else.
+          trains: whether there will be a backward. If not, forward keeps nothing.
+          splits: whether backward will come in two parts.
         """
+        self.kept = self.taps = ()
         structure = jax.tree.structure(weights)
         leaves = jax.tree.leaves(weights)
         num_weights = len(leaves)
@@ -112,6 +118,15 @@ class LayerPasses:
             y, aux, stats = function(weights, x, context_of(surroundings))
             return vary((y, aux)), vary((stats["load"], stats["dropped"]))
 
+        if not trains:
+
+            def evaluate(*values):
+                weights = jax.tree.unflatten(structure, values[:num_weights])
+                results, stats = layer(weights, values[num_weights], Surroundings(*values[num_weights + 1 :]))
+                return [*results, *stats]
+
+            self._forward = trace(evaluate, *leaves, x, *surroundings)
+            return
         if policy is not None:
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
@@ -143,7 +158,8 @@ class LayerPasses:
         dummies = [vary(jnp.zeros(v.shape, v.dtype)) for v in self.kept]
         y, aux = (vary(jnp.zeros(v.aval.shape, v.aval.dtype)) for v in results[:2])
         self._backward = trace(backward, *dummies, *leaves, *surroundings, y, aux)
-        self._split(weights, len(kept))
+        if splits:
+            self._split(weights, len(kept))
 
     def _split(self, weights: dict, num_kept: int):
         """Cuts the backward in two: equations that only large weights need go to the second part."""

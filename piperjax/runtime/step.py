@@ -164,7 +164,14 @@ class _Scan:
         weights = jax.tree.map(lambda leaf: leaf[0, 0], self.params["layers"][kind])
         first = np.int32(0)
         return LayerPasses(
-            function, policy, self._context, weights, self.x, self._surroundings_of(first)(first)
+            function,
+            policy,
+            self._context,
+            weights,
+            self.x,
+            self._surroundings_of(first)(first),
+            trains=self.lowered.has_backward,
+            splits=self.lowered.num_tap_slots > 0,
         )
 
     def _empty(self, shape: tuple[int, ...], dtype) -> jax.Array:
