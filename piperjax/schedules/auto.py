@@ -35,6 +35,7 @@ PER_STAGE = (
     "exposed_backward",
 )
 EXCHANGES_TRIED = 40
+FEWEST_TRIALS, ACTIONS_TRIED = 8, 50_000
 RECOMPUTING = ActionCosts(forward=1.0, backward=3.0, input_gradient=2.0, weight_gradient=1.0)
 
 
@@ -118,11 +119,17 @@ def _candidates(P: int, M: int, v: int, costs: ActionCosts, limit: float) -> Ite
             continue  # It does not exist for so few microbatches, or for this number.
     placements = [loop_placement(P, v)] + ([v_placement(P)] if v == 2 else [])
     most = floor(min(limit, M) * v + 1e-9)
-    for placement, patience, alternate in product(placements, (0.0, 0.5, 1.0), (False, True)):
-        for cap in dict.fromkeys(_caps(P, v, most)):
-            found = _greedy(Trial(placement, cap, patience, alternate), M, costs)
-            if found is not None:
-                yield found
+    # What wins most often comes first; large cases stop early.
+    trials = [
+        Trial(placement, cap, patience, alternate)
+        for alternate, patience, cap, placement in product(
+            (True, False), (0.5, 0.0, 1.0), dict.fromkeys(_caps(P, v, most)), placements
+        )
+    ]
+    for trial in trials[: max(FEWEST_TRIALS, ACTIONS_TRIED // (3 * P * M * v))]:
+        found = _greedy(trial, M, costs)
+        if found is not None:
+            yield found
 
 
 def _least_seconds(P: int, M: int, v: int, costs: ActionCosts) -> float:
@@ -137,7 +144,7 @@ def _least_seconds(P: int, M: int, v: int, costs: ActionCosts) -> float:
 
 def _caps(P: int, v: int, most: int) -> Iterator[tuple[int, ...]]:
     """Per rank, how many chunks may be held: up to the limit, or like 1F1B with one or two hops to spare."""
-    for ahead in (v * P, v * P + 1, 2 * v * P - 1, most):
+    for ahead in (most, v * P, 2 * v * P - 1, v * P + 1):
         yield (min(most, ahead),) * P
     for hops in (1, 2):
         yield tuple(min(most, v * (hops * (P - rank - 1) + 1)) for rank in range(P))

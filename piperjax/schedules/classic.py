@@ -91,14 +91,3 @@ def _one_stage_per_rank(name: str, num_microbatches: int, ranks: tuple[tuple[Act
         ranks=ranks,
         stage_of_chunk=loop_placement(len(ranks)),
     )
-
-
-def __getattr__(name: str):
-    """Hands out what moved to `registry`."""
-    if name not in ("ALIASES", "BUILDERS", "build"):
-        raise AttributeError(name)
-    from piperjax.schedules import registry
-
-    if name == "BUILDERS":
-        return {key: entry.builder for key, entry in registry.ENTRIES.items()}
-    return getattr(registry, name)
