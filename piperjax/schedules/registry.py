@@ -7,6 +7,7 @@ the number of stages per pipe rank is a choice. Adding one means adding an entry
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 
 from piperjax.schedules.auto import auto
@@ -115,10 +116,15 @@ def build(name: str, num_ranks: int, num_microbatches: int, num_chunks: int = 0)
     """
     if is_file(name):
         return _read_for(name, num_ranks, num_microbatches, num_chunks)
-    name, chunks = canonical(name), chunks_of(name, num_chunks)
+    return _built(canonical(name), num_ranks, num_microbatches, chunks_of(name, num_chunks))
+
+
+@lru_cache(maxsize=64)
+def _built(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> Schedule:
+    # A plan asks for its schedule more than once, and `auto` takes seconds for hundreds of microbatches.
     entry = ENTRIES[name]
     if entry.takes_chunks:
-        return entry.builder(num_ranks, num_microbatches, chunks)
+        return entry.builder(num_ranks, num_microbatches, num_chunks)
     return entry.builder(num_ranks, num_microbatches)
 
 
