@@ -13,6 +13,7 @@ from piperjax.planner.plan import Plan
 from piperjax.runtime.dispatch import make_experts
 from piperjax.runtime.executor import Executor
 from piperjax.runtime.grouped_matmul import grouped_matmul
+from piperjax.schedules import registry
 
 
 def moe_model(
@@ -44,15 +45,16 @@ def make_executor(
     **options,
 ) -> Executor:
     """An executor on the first devices, stages of equal length where possible."""
-    quotient, rest = divmod(config.num_layers, pipe)
-    plan_options = {k: options.pop(k) for k in ("schedule", "memory_mode") if k in options}
+    plan_options = {k: options.pop(k) for k in ("schedule", "memory_mode", "num_chunks") if k in options}
+    stages = pipe * registry.chunks_of(plan_options.get("schedule", "one_f_one_b"))
+    quotient, rest = divmod(config.num_layers, stages)
     plan = Plan(
         pipe=pipe,
         data=data,
         expert=expert,
         expert_factors=(1, 1, expert),
         num_microbatches=num_microbatches,
-        layers_per_stage=tuple(quotient + (stage < rest) for stage in range(pipe)),
+        layers_per_stage=tuple(quotient + (stage < rest) for stage in range(stages)),
         batch_size=num_microbatches * microbatch_size * data * expert,
         seq_len=seq_len,
         **{"schedule": "one_f_one_b", **plan_options},

@@ -11,56 +11,25 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks.cases import dense_model, make_executor, random_batch, router_bias
+from benchmarks.waiting import stage_costs, waiting_layers
 from meshes.mesh import simulate_devices
-from piperjax.runtime.varying import vary
-from piperjax.schedules.timeline import ActionCosts, lockstep
-
-
-def waiting_layer(forward_seconds: float, backward_seconds: float):
-    """A layer `(params, x, context) -> (x, 0, stats)` that waits."""
-
-    def wait(seconds, x):
-        def sleep(value):
-            time.sleep(seconds)
-            return value
-
-        probe = x.ravel()[:1]
-        slept = vary(jax.pure_callback(sleep, jax.ShapeDtypeStruct(probe.shape, probe.dtype), probe))
-        return x + 0 * slept[0]
-
-    @jax.custom_vjp
-    def layer(x):
-        return wait(forward_seconds, x)
-
-    def forward(x):
-        return x, None  # Recomputation for backward is part of the backward's time.
-
-    def backward(_, gradient):
-        return (wait(backward_seconds, gradient),)
-
-    layer.defvjp(forward, backward)
-
-    def function(params, x, context):
-        del params, context  # Waiting needs neither.
-        stats = {"load": jnp.zeros(0, jnp.float32), "dropped": jnp.zeros((), jnp.float32)}
-        return layer(x), jnp.zeros((), x.dtype), stats
-
-    return function
+from piperjax.schedules.timeline import lockstep
 
 
 def measure(schedule: str, pipe: int, num_microbatches: int, forward: float, backward: float, repeats: int):
     """(measured seconds, seconds of the lockstep model) of a step."""
     config = dense_model(num_layers=pipe, d_model=16, d_ff=16, vocab_size=32)
+    costs = stage_costs(forward, backward, 0.0)
     executor = make_executor(
         config,
         pipe=pipe,
         schedule=schedule,
         num_microbatches=num_microbatches,
         seq_len=8,
-        layer_functions={kind: waiting_layer(forward, backward) for kind in config.kinds},
+        memory_mode="stash",
+        layer_functions=waiting_layers(config, costs),
     )
     step = jax.jit(executor.gradients)
     arguments = (
@@ -74,7 +43,7 @@ def measure(schedule: str, pipe: int, num_microbatches: int, forward: float, bac
         start = time.perf_counter()
         jax.block_until_ready(step(*arguments))
         seconds.append(time.perf_counter() - start)
-    model = lockstep(executor.plan.tick_table(), ActionCosts(forward=forward, backward=backward)).step_seconds
+    model = lockstep(executor.plan.tick_table(), costs).step_seconds
     return statistics.median(seconds), model
 
 

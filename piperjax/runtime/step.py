@@ -10,6 +10,9 @@ A tick, on every device:
     W          weight gradients, where backward comes in two parts
     embedding gradient, likewise                                  [all pipe ranks together]
 
+A table in which no B follows its own F within a tick has the head at the start of the next tick instead, and a
+rank that runs W in place of F does so before the head: all ranks meet there, and nobody should wait.
+
 Both exchanges stand at the very start: placed between F and B they would make the backward of one rank wait
 for the forward of its neighbour. Branches depend on the pipe rank only, so collectives over data and expert
 inside them always meet their partners. Nothing differentiates through the scan: memory follows the
@@ -210,12 +213,17 @@ class _Scan:
     def tick(self, carry: _Carry, columns) -> tuple[_Carry, None]:
         rank, tick = columns
         carry = self._exchange(carry, rank)
+        if self.lowered.head_comes_first:
+            carry = self._head(carry, rank, tick)
         embedded = self._embedding(carry, tick)
         carry = self._forward(carry, rank, embedded)
-        carry = self._head(carry, rank, tick)
+        for number in range(self.lowered.early_weight_gradients):
+            carry = self._weight_gradient(carry, rank, number)
+        if not self.lowered.head_comes_first:
+            carry = self._head(carry, rank, tick)
         if self.lowered.has_backward:
             carry = self._backward(carry, rank)
-            for number in range(self.lowered.weight_gradients_per_tick):
+            for number in range(self.lowered.early_weight_gradients, self.lowered.weight_gradients_per_tick):
                 carry = self._weight_gradient(carry, rank, number)
             carry = self._embedding_gradient(carry, rank, tick)
         return carry, None
@@ -259,7 +267,7 @@ class _Scan:
 
         def run(carry):
             microbatch = tick["head_microbatch"]
-            is_owner = (rank["forward_is_last"] == 1) & (rank["forward_on"] == 1)
+            is_owner = self._after_weight_gradients(rank["head_owner"] == 1, carry)
             result = head_loss(
                 from_owner(carry.y, is_owner),
                 slots.read(self.batch["targets"], microbatch),
@@ -319,9 +327,22 @@ class _Scan:
 
         return lax.cond(columns["weight_gradient_on"] == 1, run, lambda carry: carry, carry)
 
+    def _after_weight_gradients(self, flag: jax.Array, carry: _Carry) -> jax.Array:
+        """The same flag, not known before the weight gradients that precede it in the tick.
+
+        Without it the compiler is free to run them after a collective, and then the other ranks, which have
+        filled their idle time, wait for this one.
+        """
+        if not self.lowered.num_tap_slots:
+            return flag
+        largest = max(jax.tree.leaves(carry.grads["layers"]), key=lambda leaf: leaf.size)
+        element = lax.slice(largest, (0,) * largest.ndim, (1,) * largest.ndim).reshape(())
+        return flag & (element != -jnp.inf)
+
     def _embedding_gradient(self, carry: _Carry, rank: dict, tick: dict) -> _Carry:
         def run(carry):
             is_owner = (rank["backward_is_first"] == 1) & (rank["backward_on"] == 1)
+            is_owner = self._after_weight_gradients(is_owner, carry)
             tokens = slots.read(self.batch["tokens"], tick["embedding_gradient_microbatch"])
             total = add_embedding_gradient(carry.grads["embedding"], tokens, from_owner(carry.g, is_owner))
             return carry._replace(grads={**carry.grads, "embedding": total})

@@ -25,7 +25,6 @@ class RankColumns:
     Attributes:
       forward_on, forward_microbatch, forward_chunk: the forward of this tick, if any.
       forward_is_first: the forward reads the embedding instead of an arrival.
-      forward_is_last: the forward's result goes to the head instead of a neighbour.
       forward_input: slot of the arrived activation that the forward reads.
       forward_stash: slot where the forward keeps what backward needs.
       backward_on, backward_microbatch, backward_chunk: the backward (or input gradient) of this tick, if any.
@@ -35,6 +34,7 @@ class RankColumns:
       backward_taps: slot where an input gradient leaves what its weight gradient needs.
       weight_gradient_on, weight_gradient_microbatch, weight_gradient_chunk, weight_gradient_taps: weight
         gradients of this tick, `[ticks, ranks, weight gradients per tick]`.
+      head_owner: the rank holds the last stage's output that the head of this tick reads.
       head_gradient: gradient slot that receives this tick's gradient of the head.
       input_arrival: input slot that receives what arrives over each forward channel.
       gradient_arrival: gradient slot that receives what arrives over each backward channel.
@@ -44,7 +44,6 @@ class RankColumns:
     forward_microbatch: np.ndarray
     forward_chunk: np.ndarray
     forward_is_first: np.ndarray
-    forward_is_last: np.ndarray
     forward_input: np.ndarray
     forward_stash: np.ndarray
     backward_on: np.ndarray
@@ -58,6 +57,7 @@ class RankColumns:
     weight_gradient_microbatch: np.ndarray
     weight_gradient_chunk: np.ndarray
     weight_gradient_taps: np.ndarray
+    head_owner: np.ndarray
     head_gradient: np.ndarray
     input_arrival: np.ndarray
     gradient_arrival: np.ndarray
@@ -94,6 +94,8 @@ class LoweredSchedule:
       num_gradient_slots: arrived gradients at once.
       num_tap_slots: input gradients at once whose weight gradients are due; 0 if backward is never split.
       weight_gradients_per_tick: most weight gradients of a rank in one tick.
+      early_weight_gradients: how many of these columns are run before the head, by ranks without a forward.
+      head_comes_first: the head reads what the tick before has left, so that nobody waits between F and B.
       forward_channels: rank shifts over which activations travel: +1, -1, or 0 for the rank itself.
       backward_channels: the same for gradients.
     """
@@ -106,6 +108,8 @@ class LoweredSchedule:
     num_gradient_slots: int
     num_tap_slots: int
     weight_gradients_per_tick: int
+    early_weight_gradients: int
+    head_comes_first: bool
     forward_channels: tuple[int, ...]
     backward_channels: tuple[int, ...]
 
@@ -138,8 +142,11 @@ class _Lowering:
         # Tick of the backward or input gradient, and of the weight gradient, of a (stage, microbatch).
         self.backward_tick = {a[1:]: tick for a, tick in self.tick_of.items() if a.kind in "BI"}
         self.weight_tick = {a[1:]: tick for a, tick in self.tick_of.items() if self.splits and a.kind in "BW"}
-        at = [(tick, self.schedule.rank_of_stage[key[0]]) for key, tick in self.weight_tick.items()]
-        self.weights_per_tick = max(Counter(at).values(), default=0)
+        self.head_comes_first = self._trains and all(
+            self.backward_tick[key] > self.tick_of[Action("F", *key)] for key in self._last_stage()
+        )
+        self.weight_columns = self._weight_columns()
+        self.weights_per_tick = 1 + max(self.weight_columns.values(), default=-1)
         size = (len(table.ticks), self.schedule.num_ranks)
         shifts = [
             _shift(
@@ -164,6 +171,31 @@ class _Lowering:
     @property
     def _trains(self) -> bool:
         return self.schedule.passes == "forward_backward"
+
+    def _last_stage(self) -> list[tuple[int, int]]:
+        return [(self.schedule.num_stages - 1, m) for m in range(self.schedule.num_microbatches)]
+
+    def _weight_columns(self) -> dict[tuple[int, int], int]:
+        """Column of each weight gradient in its tick: 0 before the head, the others after the backward.
+
+        All ranks meet at the head. A rank that runs a W where others run F must do it before, not after.
+        """
+        runs_forward = {
+            (tick, self.schedule.rank_of_stage[a.stage]) for a, tick in self.tick_of.items() if a.kind == "F"
+        }
+        early: set[tuple[int, int]] = set()
+        late, columns = Counter(), {}
+        for key, tick in sorted(self.weight_tick.items(), key=lambda item: item[1]):
+            place = (tick, self.schedule.rank_of_stage[key[0]])
+            can_be_early = place not in runs_forward | early and self.backward_tick[key] < tick
+            if can_be_early and not self.head_comes_first:
+                early.add(place)
+                columns[key] = 0
+            else:
+                late[place] += 1
+                columns[key] = late[place]
+        self.early = int(bool(early))
+        return columns if early else {key: column - 1 for key, column in columns.items()}
 
     def run(self) -> LoweredSchedule:
         inputs, stashes, gradients, taps = self._slots()
@@ -193,6 +225,8 @@ class _Lowering:
             num_gradient_slots=gradients.count,
             num_tap_slots=taps.count,
             weight_gradients_per_tick=self.weights_per_tick,
+            early_weight_gradients=self.early,
+            head_comes_first=self.head_comes_first,
             forward_channels=self.forward_channels,
             backward_channels=self.backward_channels if self._trains else (),
         )
@@ -211,8 +245,10 @@ class _Lowering:
                     stashes.add(rank, key, tick, self.backward_tick[key])
             elif kind in "BI":
                 is_last = stage == schedule.num_stages - 1
-                source = tick_of[Action("F", stage, microbatch)] if is_last else None
-                arrival = source if is_last else self.backward_tick[stage + 1, microbatch] + 1
+                if is_last:
+                    arrival = tick_of[Action("F", stage, microbatch)] + self.head_comes_first
+                else:
+                    arrival = self.backward_tick[stage + 1, microbatch] + 1
                 gradients.add(rank, key, arrival, tick)
                 if self.splits:
                     taps.add(rank, key, tick, self.weight_tick[key])
@@ -235,10 +271,11 @@ class _Lowering:
         else:
             self.rank["forward_input"][place] = inputs.slot[key]
         if stage == self.schedule.num_stages - 1:
-            self.rank["forward_is_last"][place] = 1
-            self.tick["head_on"][tick], self.tick["head_microbatch"][tick] = 1, microbatch
+            head_tick = tick + self.head_comes_first
+            self.rank["head_owner"][head_tick, rank] = 1
+            self.tick["head_on"][head_tick], self.tick["head_microbatch"][head_tick] = 1, microbatch
             if self._trains:
-                self.rank["head_gradient"][place] = gradients.slot[key]
+                self.rank["head_gradient"][head_tick, rank] = gradients.slot[key]
         else:
             channel = self.forward_channels.index(self.shifts[stage])
             receiver = self.schedule.rank_of_stage[stage + 1]
@@ -265,11 +302,9 @@ class _Lowering:
             self.rank["gradient_arrival"][tick + 1, receiver, channel] = gradients.slot[stage - 1, microbatch]
 
     def _weight_gradients(self, taps: "_Slots"):
-        number = Counter()
-        for (stage, microbatch), tick in sorted(self.weight_tick.items(), key=lambda item: item[1]):
+        for (stage, microbatch), tick in self.weight_tick.items():
             rank = self.schedule.rank_of_stage[stage]
-            place = (tick, rank, number[tick, rank])
-            number[tick, rank] += 1
+            place = (tick, rank, self.weight_columns[stage, microbatch])
             self.rank["weight_gradient_on"][place] = 1
             self.rank["weight_gradient_microbatch"][place] = microbatch
             self.rank["weight_gradient_chunk"][place] = self.schedule.chunk_of_stage[stage]

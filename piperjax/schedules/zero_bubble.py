@@ -37,7 +37,7 @@ def zb_dual(num_ranks: int, num_microbatches: int) -> Schedule:
     """Builds the zero-bubble schedule for lockstep ticks that hold a forward and a backward each.
 
     F(m) runs on rank r at tick `m + r`, I(m) at `m + 2 (P - 1) - r`, and `ticks.pack` puts W where a rank lacks
-    a forward or a backward, the rest into ticks that all ranks share. With `2 (P - 1)` or more microbatches
+    a forward or a backward, the rest into ticks that all ranks share. With `2 P - 1` or more microbatches
     lockstep costs `M (f + i + w) + (P - 1) (f + i - w)`, ZB-H1's bubble, without needing f = i = w: only
     `w <= f` and `w <= i`. At most `2 (P - r) - 1` microbatches are in flight on rank r.
     """

@@ -98,7 +98,7 @@ def test_slots_are_coloured_within_the_peak(name, v):
 
 def tolerated(name, P, M):
     """Largest lockstep cost over asynchronous cost at equal times, and where 1.05 cannot hold."""
-    if name in ("zb_h1", "zb_dual") and P < M < 2 * (P - 1):
+    if name in ("zb_h1", "zb_dual") and P < M < 2 * P - 1:
         return 1.20  # The wave is not filled: W finds slack on too few ranks at once.
     if name == "zb_v" and M < 3 * P:
         return 1.10  # P - 1 units more than asynchronously, whatever M is.

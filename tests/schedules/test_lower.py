@@ -22,6 +22,14 @@ def replay(lowered):
     gradients = [[None] * (lowered.num_gradient_slots + 1) for _ in range(P)]
     stash = [[None] * lowered.num_stash_slots for _ in range(P)]
     y, g, done = [None] * P, [None] * P, []
+
+    def head(t):
+        if tick.head_on[t]:
+            owners = [r for r in range(P) if rank.head_owner[t, r]]
+            assert len(owners) == 1 and y[owners[0]] == ("y", last, tick.head_microbatch[t])
+            for r in range(P):
+                gradients[r][rank.head_gradient[t, r]] = ("g", last, tick.head_microbatch[t])
+
     for t in range(lowered.num_ticks):
         sent_y, sent_g = list(y), list(g)
         for r in range(P):
@@ -29,6 +37,8 @@ def replay(lowered):
                 inputs[r][rank.input_arrival[t, r, c]] = sent_y[(r - shift) % P]
             for c, shift in enumerate(lowered.backward_channels):
                 gradients[r][rank.gradient_arrival[t, r, c]] = sent_g[(r - shift) % P]
+        if lowered.head_comes_first:
+            head(t)
         for r in range(P):
             if rank.forward_on[t, r]:
                 m = rank.forward_microbatch[t, r]
@@ -40,13 +50,9 @@ def replay(lowered):
                 y[r] = ("y", stage, m)
                 if lowered.has_backward:
                     stash[r][rank.forward_stash[t, r]] = (stage, m)
-                assert bool(rank.forward_is_last[t, r]) == (stage == last)
                 done.append(("F", stage, m))
-        if tick.head_on[t]:
-            owners = [r for r in range(P) if rank.forward_on[t, r] and rank.forward_is_last[t, r]]
-            assert len(owners) == 1 and y[owners[0]] == ("y", last, tick.head_microbatch[t])
-            for r in range(P):
-                gradients[r][rank.head_gradient[t, r]] = ("g", last, tick.head_microbatch[t])
+        if not lowered.head_comes_first:
+            head(t)
         for r in range(P):
             if rank.backward_on[t, r]:
                 m = rank.backward_microbatch[t, r]

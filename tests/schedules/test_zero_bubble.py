@@ -21,9 +21,9 @@ def test_zb_h2_never_waits_at_equal_times():
 
 def test_zb_dual_in_ticks_drawn_out():
     assert str(pack(zb_dual(3, 5))) == (
-        "rank 0 | 0F0 0F1 0F2     0F3     0F4+0I0+0W0 0I1+0W1 0I2+0W2 0I3+0W3 0I4+0W4\n"
-        "rank 1 | .   1F0 1F1     1F2+1I0 1F3+1I1+1W0 1F4+1I2 1I3+1W1 1I4+1W2 1W3+1W4\n"
-        "rank 2 | .   .   2F0+2I0 2F1+2I1 2F2+2I2+2W0 2F3+2I3 2F4+2I4 2W1+2W2 2W3+2W4"
+        "rank 0 | 0F0 0F1 0F2     0F3     0F4+0I0 0I1+0W0 0I2+0W1+0W2 0I3+0W3 0I4+0W4\n"
+        "rank 1 | .   1F0 1F1     1F2+1I0 1F3+1I1 1F4+1I2 1I3+1W0+1W1 1I4+1W2 1W3+1W4\n"
+        "rank 2 | .   .   2F0+2I0 2F1+2I1 2F2+2I2 2F3+2I3 2F4+2I4+2W0 2W1+2W2 2W3+2W4"
     )
 
 
