@@ -13,6 +13,7 @@ from piperjax.planner.plan import Plan
 from piperjax.runtime.dispatch import make_experts
 from piperjax.runtime.executor import Executor
 from piperjax.runtime.grouped_matmul import grouped_matmul
+from piperjax.runtime.passes import MEMORY_MODES
 from piperjax.schedules import registry
 
 
@@ -97,16 +98,17 @@ def compiled_step(executor: Executor) -> jax.stages.Compiled:
     return jax.jit(executor.gradients).lower(*arguments).compile()
 
 
-def plain_step(config: ModelConfig, *, remat: bool):
+def plain_step(config: ModelConfig, *, memory_mode: str = "layer"):
     """A jitted gradient-accumulation loop without any executor: scan over microbatches, scan over layers, jax.grad.
 
-    Uses the same layers, the same experts and the same loss. `remat` recomputes each layer in backward, as the
-    executor's memory mode "layer" does. All layers must be of one kind. Returns a function of
-    (logical params, router_bias, batch) -> (gradients, loss).
+    Uses the same layers, the same experts and the same loss, and recomputes in backward what the executor's memory
+    mode does, by `jax.checkpoint`. All layers must be of one kind. Returns a function of (logical params,
+    router_bias, batch) -> (gradients, loss).
     """
     (kind,) = config.kinds
     layer = transformer.layer_function(config, kind)
     experts = make_experts("flat", (), 0.0)
+    mode = MEMORY_MODES[memory_mode]
 
     def microbatch_loss(params, bias, rows, scale, num_microbatches):
         def body(carry, inputs):
@@ -124,11 +126,17 @@ def plain_step(config: ModelConfig, *, remat: bool):
             y, layer_aux, _ = layer(weights, x, context)
             return (y, aux + layer_aux), None
 
-        if remat:
-            body = jax.checkpoint(body)
+        if mode.policy is not None:
+            body = jax.checkpoint(body, policy=mode.policy)
+
+        def layers(x, weights):
+            biases = bias if config.moe_layers else jnp.zeros((config.num_layers, 0))
+            return lax.scan(body, (x, jnp.zeros((), jnp.float32)), (weights, biases))[0]
+
+        if mode.by_stage:
+            layers = jax.checkpoint(layers)
         x = params["embedding"][rows["tokens"]]
-        biases = bias if config.moe_layers else jnp.zeros((config.num_layers, 0))
-        (x, aux), _ = lax.scan(body, (x, jnp.zeros((), jnp.float32)), (params["layers"][kind], biases))
+        x, aux = layers(x, params["layers"][kind])
         x = transformer.rms_norm(x, params["final_norm"], config.norm_eps)
         logits = jnp.einsum("bsd,vd->bsv", x, params["head"])
         normaliser = jax.nn.logsumexp(logits, axis=-1)

@@ -56,7 +56,7 @@ def stepper(config, **options):
 def plain_stepper(executor):
     """The plain loop on the same parameters and batch."""
     config = executor.config
-    step = plain_step(config, remat=True)
+    step = plain_step(config, memory_mode=executor.plan.memory_mode)
     params = jax.device_put(executor.to_logical(executor.init_params(0)), jax.devices()[0])
     arguments = (
         params,

@@ -34,6 +34,8 @@ class Plan:
         those inside attention ("products"), or every intermediate result ("stash").
       dispatch: name of the dispatcher.
       capacity_factor: rows per destination over the balanced number; 0 means dropless.
+      overlap: run the forward and the backward of a tick in one loop, so that the compiler can hide the all-to-all of
+        one behind the products of the other; costs one tick.
     """
 
     pipe: int
@@ -49,6 +51,7 @@ class Plan:
     dispatch: str = "flat"
     capacity_factor: float = 0.0
     num_chunks: int = 0
+    overlap: bool = False
 
     def __post_init__(self):
         for name in ("pipe", "data", "expert", "num_microbatches", "batch_size", "seq_len"):
@@ -73,6 +76,19 @@ class Plan:
             raise ValueError(
                 f"schedule {self.schedule!r} has {schedule.num_stages} stages over pipe = {self.pipe}, but "
                 f"layers_per_stage names {len(self.layers_per_stage)}"
+            )
+        self._check_overlap(schedule)
+
+    def _check_overlap(self, schedule: Schedule):
+        if self.overlap and schedule.clock != "dual":
+            raise ValueError(
+                f"overlap needs ticks with a forward and a backward, but schedule {self.schedule!r} runs one action "
+                "after the other; use one_f_one_b, interleaved, zb_h1 or zb_v, or leave overlap off"
+            )
+        if self.overlap and self.memory_mode == "stage":
+            raise ValueError(
+                "overlap goes through forward and backward layer by layer, which memory_mode 'stage' cannot; "
+                "use 'layer' or a mode that keeps more"
             )
 
     def _check_batch(self):
@@ -110,7 +126,7 @@ class Plan:
 
     def tick_table(self) -> TickTable:
         """The table that is executed."""
-        return pack(self.build_schedule())
+        return pack(self.build_schedule(), "overlap" if self.overlap else None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -124,7 +140,9 @@ class Plan:
           ValueError: if a field is missing or unknown.
         """
         known = {field.name for field in fields(cls)}
-        missing = known - set(values) - {"memory_mode", "dispatch", "capacity_factor", "num_chunks"}
+        missing = (
+            known - set(values) - {"memory_mode", "dispatch", "capacity_factor", "num_chunks", "overlap"}
+        )
         if missing or set(values) - known:
             raise ValueError(
                 f"a plan has the fields {', '.join(sorted(known))}; missing: {', '.join(sorted(missing)) or 'none'}, "

@@ -118,9 +118,14 @@ class Stage:
         return self._layers_forward(place, x, totals, stash)
 
     def _layers_forward(self, place: Place, x: jax.Array, totals: Totals | None, stash: Buffers | None):
+        return lax.scan(self._forward_body(place), (x, totals, stash), self._positions())[0]
+
+    def _forward_body(self, place: Place):
+        """One layer: ((x, totals, stash), position) -> ((y, totals, stash), None)."""
+
         def branch(kind: str, position):
             def run(operands):
-                x, stash = operands
+                x, totals, stash = operands
                 index, surroundings = self._at(place, position)
                 result, kept = self.passes[kind].forward(
                     self._weights(kind, place.chunk, index), x, surroundings
@@ -131,30 +136,20 @@ class Stage:
                         for buffer, value in zip(stash[kind], kept, strict=True)
                     ]
                     stash = {**stash, kind: written}
-                statistics = None if totals is None else result[1:]
-                return vary((result.y, statistics)), stash
+                if totals is not None:
+                    _, aux, load, dropped = vary(result)
+                    load = slots.add(totals.load, load, place.chunk, position)
+                    totals = Totals(totals.aux + aux, load, totals.dropped + dropped)
+                return vary(result.y), totals, stash
 
             return run
 
-        def nothing(operands):
-            x, stash = operands
-            if totals is None:
-                return (x, None), stash
-            load = jnp.zeros(totals.load.shape[2:], totals.load.dtype)
-            zeros = (jnp.zeros((), totals.aux.dtype), load, jnp.zeros((), totals.dropped.dtype))
-            return vary((x, zeros)), stash
-
         def body(carry, position):
-            x, totals, stash = carry
-            branches = [branch(kind, position) for kind in self.layout.kinds]
-            (x, statistics), stash = self._switch(place.chunk, position, branches, nothing, (x, stash))
-            if totals is not None:
-                aux, load, dropped = statistics
-                load = slots.add(totals.load, load, place.chunk, position)
-                totals = Totals(totals.aux + aux, load, totals.dropped + dropped)
-            return (x, totals, stash), None
+            with jax.named_scope("forward"):
+                branches = [branch(kind, position) for kind in self.layout.kinds]
+                return self._switch(place.chunk, position, branches, carry), None
 
-        return lax.scan(body, (x, totals, stash), self._positions())[0]
+        return body
 
     def backward(
         self,
@@ -188,6 +183,12 @@ class Stage:
             )
             stash = self._layers_forward(place._replace(slot=slot), x, None, stash)[2]
 
+        body = self._backward_body(place, slot, scale, stash)
+        return lax.scan(body, (gradient, grads, taps), self._positions(), reverse=True)[0]
+
+    def _backward_body(self, place: Place, slot: jax.Array, scale: jax.Array, stash: Buffers):
+        """One layer: ((gradient, grads, taps), position) -> ((input gradient, grads, taps), None)."""
+
         def branch(kind: str, position):
             passes = self.passes[kind]
 
@@ -211,10 +212,44 @@ class Stage:
             return run
 
         def body(carry, position):
-            branches = [branch(kind, position) for kind in self.layout.kinds]
-            return self._switch(place.chunk, position, branches, lambda operands: operands, carry), None
+            with jax.named_scope("backward"):
+                branches = [branch(kind, position) for kind in self.layout.kinds]
+                return self._switch(place.chunk, position, branches, carry), None
 
-        return lax.scan(body, (gradient, grads, taps), self._positions(), reverse=True)[0]
+        return body
+
+    def forward_and_backward(
+        self,
+        forward_place: Place,
+        x: jax.Array,
+        totals: Totals,
+        backward_place: Place,
+        gradient: jax.Array,
+        *,
+        scale: jax.Array,
+        stash: Buffers,
+        grads: dict,
+        taps: Buffers | None,
+    ) -> tuple[tuple[jax.Array, Totals], tuple[jax.Array, dict, Buffers | None], Buffers]:
+        """Per device: `forward` of one microbatch and `backward` of another, layer by layer in one loop.
+
+        Nothing in an iteration's forward depends on its backward, so a compiler that schedules for latency puts
+        the all-to-all of one under the products of the other (the idea of DualPipe, DeepSeek-V3, 3.2.1).
+
+        Returns:
+          What `forward` returns but the stash, what `backward` returns, the stash.
+        """
+        last = self.layout.positions - 1
+
+        def body(carry, position):
+            (x, totals), backward_carry, stash = carry
+            ahead = self._backward_body(backward_place, backward_place.slot, scale, stash)
+            backward_carry, _ = ahead(backward_carry, last - position)
+            (x, totals, stash), _ = self._forward_body(forward_place)((x, totals, stash), position)
+            return ((x, totals), backward_carry, stash), None
+
+        carry = ((x, totals), (gradient, grads, taps), stash)
+        return lax.scan(body, carry, self._positions())[0]
 
     def weight_gradient(self, place: Place, *, grads: dict, taps: Buffers) -> dict:
         """Per device: adds the weight gradients that `backward` left; returns the accumulators."""
@@ -230,8 +265,9 @@ class Stage:
             return run
 
         def body(grads, position):
-            branches = [branch(kind, position) for kind in self.layout.kinds]
-            return self._switch(place.chunk, position, branches, lambda grads: grads, grads), None
+            with jax.named_scope("weight_gradient"):
+                branches = [branch(kind, position) for kind in self.layout.kinds]
+                return self._switch(place.chunk, position, branches, grads), None
 
         return lax.scan(body, grads, self._positions())[0]
 
@@ -251,12 +287,13 @@ class Stage:
         # Not varying: a predicate read at a position must vary over pipe only, as the layer table does.
         return jnp.arange(self.layout.positions, dtype=jnp.int32)
 
-    def _switch(self, chunk: jax.Array, position: jax.Array, branches: list, nothing, operands):
+    def _switch(self, chunk: jax.Array, position: jax.Array, branches: list, operands):
+        """Runs the branch of the layer at a position; where there is none, the operands stay."""
         if self.layout.is_uniform:
             return branches[0](operands)
         has_gaps = bool((self.layout.kind == len(self.layout.kinds)).any())
         kind = slots.read(self.table.kind, chunk, position)
-        return lax.switch(kind, branches + ([nothing] if has_gaps else []), operands)
+        return lax.switch(kind, branches + ([lambda operands: operands] if has_gaps else []), operands)
 
     def _at(self, place: Place, position: jax.Array) -> tuple[jax.Array, Surroundings]:
         """Index of a layer among those of its kind on its chunk, and its surroundings."""

@@ -148,6 +148,8 @@ class _Scan:
         # An all-padding batch has no loss and must not divide by zero.
         self.loss_scale = vary(1.0 / jnp.maximum(self.num_tokens.astype(wide), 1.0))
         self.aux_scale = vary(jnp.asarray(1.0 / batch["tokens"].shape[0], wide))
+        # Only then is a backward independent of the forward of its tick.
+        self.overlaps = self.plan.overlap and self.lowered.has_backward and self.lowered.head_comes_first
         self.experts = make_experts(self.plan.dispatch, EXPERT, self.plan.capacity_factor)
         functions = step.layer_functions or {
             kind: transformer.layer_function(self.config, kind) for kind in self.config.kinds
@@ -216,13 +218,21 @@ class _Scan:
         if self.lowered.head_comes_first:
             carry = self._head(carry, rank, tick)
         embedded = self._embedding(carry, tick)
-        carry = self._forward(carry, rank, embedded)
+        if self.overlaps:
+            carry = self._forward_and_backward(carry, rank, embedded)
+        else:
+            carry = self._when(
+                rank, "forward_on", lambda carry: self._forward(carry, rank, embedded), _unchanged, carry
+            )
         for number in range(self.lowered.early_weight_gradients):
             carry = self._weight_gradient(carry, rank, number)
         if not self.lowered.head_comes_first:
             carry = self._head(carry, rank, tick)
         if self.lowered.has_backward:
-            carry = self._backward(carry, rank)
+            if not self.overlaps:
+                carry = self._when(
+                    rank, "backward_on", lambda carry: self._backward(carry, rank), _unchanged, carry
+                )
             for number in range(self.lowered.early_weight_gradients, self.lowered.weight_gradients_per_tick):
                 carry = self._weight_gradient(carry, rank, number)
             carry = self._embedding_gradient(carry, rank, tick)
@@ -245,21 +255,52 @@ class _Scan:
 
         return self._when(tick, "embedding_on", look_up, lambda: vary(jnp.zeros_like(carry.y)))
 
-    def _forward(self, carry: _Carry, rank: dict, embedded: jax.Array) -> _Carry:
-        def run(carry):
-            x = embedded
-            if self.lowered.num_input_slots:
-                arrived = slots.read(carry.inputs, rank["forward_input"])
-                x = jnp.where(rank["forward_is_first"] == 1, embedded, arrived)
-            place = Place(
-                rank["forward_chunk"],
-                self._surroundings_of(rank["forward_microbatch"]),
-                slot=rank["forward_stash"],
+    def _forward_and_backward(self, carry: _Carry, rank: dict, embedded: jax.Array) -> _Carry:
+        def both(carry):
+            (y, totals), (g, layers, taps), stash = self.stage.forward_and_backward(
+                self._forward_place(rank),
+                self._forward_input(carry, rank, embedded),
+                carry.totals,
+                self._backward_place(rank),
+                slots.read(carry.gradients, rank["backward_gradient"]),
+                scale=self.aux_scale,
+                stash=carry.stash,
+                grads=carry.grads["layers"],
+                taps=carry.taps,
             )
-            y, totals, stash = self.stage.forward(place, x, carry.totals, carry.stash)
-            return carry._replace(y=y, totals=totals, stash=stash)
+            grads = {**carry.grads, "layers": layers}
+            return carry._replace(y=y, totals=totals, g=g, grads=grads, taps=taps, stash=stash)
 
-        return self._when(rank, "forward_on", run, lambda carry: carry, carry)
+        branches = [
+            _unchanged,
+            lambda carry: self._forward(carry, rank, embedded),
+            lambda carry: self._backward(carry, rank),
+            both,
+        ]
+        return lax.switch(rank["forward_on"] + 2 * rank["backward_on"], branches, carry)
+
+    def _forward_input(self, carry: _Carry, rank: dict, embedded: jax.Array) -> jax.Array:
+        if not self.lowered.num_input_slots:
+            return embedded
+        arrived = slots.read(carry.inputs, rank["forward_input"])
+        return jnp.where(rank["forward_is_first"] == 1, embedded, arrived)
+
+    def _forward_place(self, rank: dict) -> Place:
+        surroundings_of = self._surroundings_of(rank["forward_microbatch"])
+        return Place(rank["forward_chunk"], surroundings_of, slot=rank["forward_stash"])
+
+    def _backward_place(self, rank: dict) -> Place:
+        return Place(
+            rank["backward_chunk"],
+            self._surroundings_of(rank["backward_microbatch"]),
+            slot=rank["backward_stash"],
+            tap_slot=rank["backward_taps"],
+        )
+
+    def _forward(self, carry: _Carry, rank: dict, embedded: jax.Array) -> _Carry:
+        x = self._forward_input(carry, rank, embedded)
+        y, totals, stash = self.stage.forward(self._forward_place(rank), x, carry.totals, carry.stash)
+        return carry._replace(y=y, totals=totals, stash=stash)
 
     def _head(self, carry: _Carry, rank: dict, tick: dict) -> _Carry:
         trains = self.lowered.has_backward
@@ -289,27 +330,18 @@ class _Scan:
             gradients = slots.write(carry.gradients, result.hidden, rank["head_gradient"])
             return carry._replace(grads=grads, gradients=gradients)
 
-        return self._when(tick, "head_on", run, lambda carry: carry, carry)
+        return self._when(tick, "head_on", run, _unchanged, carry)
 
     def _backward(self, carry: _Carry, rank: dict) -> _Carry:
-        def run(carry):
-            place = Place(
-                rank["backward_chunk"],
-                self._surroundings_of(rank["backward_microbatch"]),
-                slot=rank["backward_stash"],
-                tap_slot=rank["backward_taps"],
-            )
-            g, layers, taps = self.stage.backward(
-                place,
-                slots.read(carry.gradients, rank["backward_gradient"]),
-                scale=self.aux_scale,
-                stash=carry.stash,
-                grads=carry.grads["layers"],
-                taps=carry.taps,
-            )
-            return carry._replace(g=g, grads={**carry.grads, "layers": layers}, taps=taps)
-
-        return self._when(rank, "backward_on", run, lambda carry: carry, carry)
+        g, layers, taps = self.stage.backward(
+            self._backward_place(rank),
+            slots.read(carry.gradients, rank["backward_gradient"]),
+            scale=self.aux_scale,
+            stash=carry.stash,
+            grads=carry.grads["layers"],
+            taps=carry.taps,
+        )
+        return carry._replace(g=g, grads={**carry.grads, "layers": layers}, taps=taps)
 
     def _weight_gradient(self, carry: _Carry, rank: dict, number: int) -> _Carry:
         columns = {
@@ -325,7 +357,7 @@ class _Scan:
             layers = self.stage.weight_gradient(place, grads=carry.grads["layers"], taps=carry.taps)
             return carry._replace(grads={**carry.grads, "layers": layers})
 
-        return lax.cond(columns["weight_gradient_on"] == 1, run, lambda carry: carry, carry)
+        return lax.cond(columns["weight_gradient_on"] == 1, run, _unchanged, carry)
 
     def _after_weight_gradients(self, flag: jax.Array, carry: _Carry) -> jax.Array:
         """The same flag, not known before the weight gradients that precede it in the tick.
@@ -347,7 +379,7 @@ class _Scan:
             total = add_embedding_gradient(carry.grads["embedding"], tokens, from_owner(carry.g, is_owner))
             return carry._replace(grads={**carry.grads, "embedding": total})
 
-        return self._when(tick, "embedding_gradient_on", run, lambda carry: carry, carry)
+        return self._when(tick, "embedding_gradient_on", run, _unchanged, carry)
 
     def _when(self, column: dict, name: str, run, otherwise, *operands):
         """Runs where the column says so; without a branch if it says so in every tick and on every rank."""
@@ -378,6 +410,10 @@ class _Scan:
             all_sum=_sum_over_batch,
             num_shards=self.plan.data * self.plan.expert,
         )
+
+
+def _unchanged(carry: _Carry) -> _Carry:
+    return carry
 
 
 def _sum_over_batch(x: jax.Array) -> jax.Array:

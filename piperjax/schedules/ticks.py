@@ -77,7 +77,9 @@ class TickTable:
         )
 
 
-def pack(schedule: Schedule, slots: Literal["dual", "single", "ordered"] | None = None) -> TickTable:
+def pack(
+    schedule: Schedule, slots: Literal["dual", "overlap", "single", "ordered"] | None = None
+) -> TickTable:
     """Lays a schedule out in ticks, by default on its own clock.
 
     - "dual": a forward and a backward per tick, each as early as its inputs allow. Every rank keeps its order
@@ -85,6 +87,8 @@ def pack(schedule: Schedule, slots: Literal["dual", "single", "ordered"] | None 
       (so GPipe stays GPipe), a forward does not wait for backwards: in lockstep it would only delay its
       neighbours. On a V the two queues become one wave (`_v_wave`). Weight gradients go where they cost
       least (`filling`).
+    - "overlap": as "dual", but a backward never follows the forward of its own microbatch within a tick, which
+      costs a tick more (on a V, too). The two slots of a tick are then independent of each other.
     - "single": one action per tick in the schedule's order. At equal times of F, I and W this is the
       asynchronous timeline, with its bubble and its memory.
     - "ordered": the schedule's order is kept strictly; a tick takes one action, or as many as follow each
@@ -96,11 +100,12 @@ def pack(schedule: Schedule, slots: Literal["dual", "single", "ordered"] | None 
         return min(tables, key=lambda table: table.units)
     if slots == "single":
         return _table(schedule, _in_order(schedule, several=False))
-    if slots != "dual":
-        raise ValueError(f"ticks are laid out as dual, single or ordered, got {slots!r}")
+    if slots not in ("dual", "overlap"):
+        raise ValueError(f"ticks are laid out as dual, overlap, single or ordered, got {slots!r}")
+    delay = int(slots == "overlap")
     on_a_v = schedule.num_chunks == 2 and schedule.stage_of_chunk == v_placement(schedule.num_ranks)
     split = any(action.kind == "W" for actions in schedule.ranks for action in actions)
-    ticks = _v_wave(schedule) if on_a_v else _two_queues(schedule)
+    ticks = _v_wave(schedule, delay) if on_a_v else _two_queues(schedule, delay)
     return _table(schedule, fill_weight_gradients(ticks) if split else ticks)
 
 
@@ -118,8 +123,11 @@ def most_between(begins: str, ends: str, actions: Iterable[Action]) -> int:
     return peak
 
 
-def _two_queues(schedule: Schedule) -> Ticks:
-    """One F and one B or I per tick, each rank's forwards and backwards in their own order."""
+def _two_queues(schedule: Schedule, delay: int) -> Ticks:
+    """One F and one B or I per tick, each rank's forwards and backwards in their own order.
+
+    A backward comes at least `delay` ticks after the forward of its microbatch.
+    """
     done: dict[Action, int] = {}
     forwards, backwards = (
         [deque(a for a in actions if a.kind in kinds) for actions in schedule.ranks] for kinds in ("F", "BI")
@@ -137,7 +145,8 @@ def _two_queues(schedule: Schedule) -> Ticks:
                 forwards_done[rank] += 1
             if backwards[rank]:
                 head = backwards[rank][0]
-                if forwards_before[head] <= forwards_done[rank] and _ready(head, done, tick, schedule):
+                ready = forwards_before[head] <= forwards_done[rank] and _ready(head, done, tick, schedule)
+                if ready and done[head._replace(kind="F")] + delay <= tick:
                     actions.append(backwards[rank].popleft())
                     done[head] = tick
             row.append(actions)
@@ -205,19 +214,21 @@ def _ready(action: Action, done: dict[Action, int], tick: int, schedule: Schedul
     return min(later) < tick
 
 
-def _v_wave(schedule: Schedule) -> Ticks:
-    """On a V: F(m) of stage s at tick `2m + s`, its backward at `2m + 2 (2P - 1) - s`.
+def _v_wave(schedule: Schedule, delay: int) -> Ticks:
+    """On a V: F(m) of stage s at tick `2m + s`, its backward at `2m + 2 (2P - 1) - s`, or a `delay` later.
 
     A rank's two stages differ by an odd number, so forwards never meet, nor do backwards. At most `2P`
     chunks are in flight, and with f and b seconds per chunk lockstep costs `(2M + 2P - 2) (f + b)`.
     """
     last = schedule.num_stages - 1
-    num_ticks = 2 * (schedule.num_microbatches - 1) + (1 if schedule.passes == "forward" else 2) * last + 1
+    num_ticks = (
+        2 * (schedule.num_microbatches - 1) + (1 if schedule.passes == "forward" else 2) * last + 1 + delay
+    )
     ticks: Ticks = [[[] for _ in schedule.ranks] for _ in range(num_ticks)]
     for kinds in ("F", "BI"):
         for rank, actions in enumerate(schedule.ranks):
             for action in actions:
                 if action.kind in kinds:
-                    hops = action.stage if action.kind == "F" else 2 * last - action.stage
+                    hops = action.stage if action.kind == "F" else 2 * last - action.stage + delay
                     ticks[2 * action.microbatch + hops][rank].append(action)
     return ticks
