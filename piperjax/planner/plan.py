@@ -178,6 +178,7 @@ def default_plan(
     dispatch: str = "flat",
     capacity_factor: float = 0.0,
     num_chunks: int = 0,
+    overlap: bool = False,
 ) -> Plan:
     """Completes a plan by a simple rule; sizes that are given (not None) are kept.
 
@@ -222,6 +223,7 @@ def default_plan(
         dispatch=dispatch,
         capacity_factor=capacity_factor,
         num_chunks=num_chunks,
+        overlap=overlap,
     )
 
 

@@ -214,6 +214,25 @@ def test_the_other_schedules_and_memory_modes_equal_one_device(schedule, mode):
     check_schedule(schedule, mode)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "dense_layers", "memory_mode"),
+    [("one_f_one_b", 0, "named"), ("zb_v", 1, "layer"), ("interleaved", 0, "stash")],
+)
+def test_overlapped_forward_and_backward_equal_one_device(schedule, dense_layers, memory_mode):
+    config = model(dense_layers=dense_layers)
+    stages = 2 * registry.chunks_of(schedule)
+    plan = plan_for(
+        config,
+        schedule=schedule,
+        memory_mode=memory_mode,
+        pipe=2,
+        expert=2,
+        layers_per_stage=(4 // stages,) * stages,
+        overlap=True,
+    )
+    check_equal(config, plan, tolerance=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_equals_one_device_over_four_ranks(schedule):

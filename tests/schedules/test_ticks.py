@@ -61,5 +61,16 @@ def test_a_table_written_out_and_read_back_keeps_its_order_and_cost(name):
 
 
 def test_a_layout_that_does_not_exist_is_one_sentence():
-    with pytest.raises(ValueError, match="ticks are laid out as dual, single or ordered, got 'triple'"):
+    with pytest.raises(ValueError, match="ticks are laid out as dual, overlap, single or ordered, got 'triple'"):
         pack(one_f_one_b(2, 2), "triple")
+
+
+def test_overlap_never_puts_a_microbatch_into_both_slots_and_costs_one_tick():
+    for name in ("one_f_one_b", "interleaved", "zb_h1", "zb_v", "gpipe"):
+        schedule = registry.build(name, 4, 8)
+        dual, overlap = pack(schedule), pack(schedule, "overlap")
+        for row in overlap.ticks:
+            for actions in row:
+                places = [action[1:] for action in actions if action.kind != "W"]
+                assert len(set(places)) == len(places)
+        assert len(overlap.ticks) <= len(dual.ticks) + 1
