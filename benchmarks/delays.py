@@ -1,6 +1,6 @@
 """Bar: with layers that only wait, in one process per pipe rank, a step takes as long as the lockstep model says.
 
-    python -m benchmarks.delays [--pipe 4 --microbatches 8 --unit 0.3]
+    python -m benchmarks.delays [--pipe 4 --microbatches 8 --unit 0.4]
 
 The schedules' order must be the predicted one as well, wherever predictions differ by more than the bar.
 """
@@ -89,7 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--pipe", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--unit", type=float, default=0.3, help="seconds of one unit of cost")
+    parser.add_argument("--unit", type=float, default=0.4, help="seconds of one unit of cost")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--coordinator", help=argparse.SUPPRESS)
     parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)
