@@ -11,6 +11,7 @@ from piperjax.schedules import registry
 from piperjax.schedules.schedule import Schedule
 from piperjax.schedules.ticks import TickTable, pack
 
+VOCABULARY = ("split", "whole")
 MEMORY_MODES = ("stage", "layer", "named", "products", "stash")
 
 
@@ -34,6 +35,8 @@ class Plan:
         those inside attention ("products"), or every intermediate result ("stash").
       dispatch: name of the dispatcher.
       capacity_factor: rows per destination over the balanced number; 0 means dropless.
+      vocabulary: embedding, head and loss "split" over the pipe ranks, or "whole" on the ranks of the first and last
+        stage. Split stores 1 / pipe of them and makes no stage slower, for four exchanges of activations.
       overlap: run the forward and the backward of a tick in one loop, so that the compiler can hide the all-to-all of
         one behind the products of the other; costs one tick.
     """
@@ -52,6 +55,7 @@ class Plan:
     capacity_factor: float = 0.0
     num_chunks: int = 0
     overlap: bool = False
+    vocabulary: str = "split"
 
     def __post_init__(self):
         for name in ("pipe", "data", "expert", "num_microbatches", "batch_size", "seq_len"):
@@ -68,6 +72,8 @@ class Plan:
             raise ValueError(
                 f"memory_mode must be one of {', '.join(MEMORY_MODES)}, got {self.memory_mode!r}"
             )
+        if self.vocabulary not in VOCABULARY:
+            raise ValueError(f"vocabulary must be one of {', '.join(VOCABULARY)}, got {self.vocabulary!r}")
         if self.capacity_factor < 0:
             raise ValueError(f"capacity_factor must be 0 (dropless) or positive, got {self.capacity_factor}")
         self._check_batch()
@@ -141,7 +147,9 @@ class Plan:
         """
         known = {field.name for field in fields(cls)}
         missing = (
-            known - set(values) - {"memory_mode", "dispatch", "capacity_factor", "num_chunks", "overlap"}
+            known
+            - set(values)
+            - {"memory_mode", "dispatch", "capacity_factor", "num_chunks", "overlap", "vocabulary"}
         )
         if missing or set(values) - known:
             raise ValueError(
@@ -179,6 +187,7 @@ def default_plan(
     capacity_factor: float = 0.0,
     num_chunks: int = 0,
     overlap: bool = False,
+    vocabulary: str = "split",
 ) -> Plan:
     """Completes a plan by a simple rule; sizes that are given (not None) are kept.
 
@@ -224,6 +233,7 @@ def default_plan(
         capacity_factor=capacity_factor,
         num_chunks=num_chunks,
         overlap=overlap,
+        vocabulary=vocabulary,
     )
 
 

@@ -10,8 +10,10 @@ A tick, on every device:
     W          weight gradients, where backward comes in two parts
     embedding gradient, likewise                                  [all pipe ranks together]
 
-A table in which no B follows its own F within a tick has the head at the start of the next tick instead, and a
-rank that runs W in place of F does so before the head: all ranks meet there, and nobody should wait.
+That is with the vocabulary split over the pipe ranks; whole, embedding and head belong to the rank of the first and
+of the last stage alone. A table in which no B follows its own F within a tick has the head at the start of the next
+tick instead, and a rank that runs W in place of F does so before the head: all ranks meet there, and nobody should
+wait.
 
 Both exchanges stand at the very start: placed between F and B they would make the backward of one rank wait
 for the forward of its neighbour. Branches depend on the pipe rank only, so collectives over data and expert
@@ -39,7 +41,7 @@ from piperjax.runtime.layout import LayerLayout
 from piperjax.runtime.passes import MEMORY_MODES, LayerPasses, Surroundings
 from piperjax.runtime.stage import Buffers, LayerTable, Place, Stage, Totals
 from piperjax.runtime.varying import vary
-from piperjax.runtime.vocabulary import add_embedding_gradient, embed, from_owner, head_loss
+from piperjax.runtime.vocabulary import add_embedding_gradient, axis_of, embed, from_owner, head_loss
 from piperjax.schedules.lower import LoweredSchedule
 
 
@@ -120,6 +122,9 @@ class Step:
             return vary(leaf)
 
         gathered = jax.tree.map(gather, transformer.cast_params(params, self.dtype), self.leaf_shardings)
+        if self.plan.vocabulary == "whole":
+            for name in {"embedding", "head"} & set(gathered):
+                gathered[name] = vary(lax.all_gather(gathered[name], PIPE, axis=0, tiled=True))
         return {**gathered, "layers": jax.tree.map(lambda leaf: leaf[0], gathered["layers"])}
 
     def _reduced(self, grads: dict) -> dict:
@@ -133,6 +138,9 @@ class Step:
             return lax.psum(leaf, sharding.reduce_axes)
 
         grads = {**grads, "layers": jax.tree.map(lambda leaf: leaf[None], grads["layers"])}
+        if self.plan.vocabulary == "whole":
+            for name in {"embedding", "head"} & set(grads):
+                grads[name] = vary(lax.psum_scatter(grads[name], PIPE, scatter_dimension=0, tiled=True))
         return jax.tree.map(reduce, grads, self.leaf_shardings)
 
 
@@ -148,6 +156,8 @@ class _Scan:
         # An all-padding batch has no loss and must not divide by zero.
         self.loss_scale = vary(1.0 / jnp.maximum(self.num_tokens.astype(wide), 1.0))
         self.aux_scale = vary(jnp.asarray(1.0 / batch["tokens"].shape[0], wide))
+        self.splits_vocabulary = self.plan.vocabulary == "split"
+        self.vocabulary_axis = axis_of(self.plan.vocabulary)
         # Only then is a backward independent of the forward of its tick.
         self.overlaps = self.plan.overlap and self.lowered.has_backward and self.lowered.head_comes_first
         self.experts = make_experts(self.plan.dispatch, EXPERT, self.plan.capacity_factor)
@@ -217,7 +227,7 @@ class _Scan:
         carry = self._exchange(carry, rank)
         if self.lowered.head_comes_first:
             carry = self._head(carry, rank, tick)
-        embedded = self._embedding(carry, tick)
+        embedded = self._embedding(carry, rank, tick)
         if self.overlaps:
             carry = self._forward_and_backward(carry, rank, embedded)
         else:
@@ -248,12 +258,13 @@ class _Scan:
             gradients = slots.write(gradients, arrived, rank["gradient_arrival"][channel])
         return carry._replace(inputs=inputs, gradients=gradients)
 
-    def _embedding(self, carry: _Carry, tick: dict) -> jax.Array:
+    def _embedding(self, carry: _Carry, rank: dict, tick: dict) -> jax.Array:
         def look_up():
             tokens = slots.read(self.batch["tokens"], tick["embedding_microbatch"])
-            return embed(self.params["embedding"], tokens)
+            return embed(self.params["embedding"], tokens, self.vocabulary_axis)
 
-        return self._when(tick, "embedding_on", look_up, lambda: vary(jnp.zeros_like(carry.y)))
+        column, name = (tick, "embedding_on") if self.splits_vocabulary else (rank, "forward_is_first")
+        return self._when(column, name, look_up, lambda: vary(jnp.zeros_like(carry.y)))
 
     def _forward_and_backward(self, carry: _Carry, rank: dict, embedded: jax.Array) -> _Carry:
         def both(carry):
@@ -310,7 +321,7 @@ class _Scan:
             microbatch = tick["head_microbatch"]
             is_owner = self._after_weight_gradients(rank["head_owner"] == 1, carry)
             result = head_loss(
-                from_owner(carry.y, is_owner),
+                from_owner(carry.y, is_owner, self.vocabulary_axis),
                 slots.read(self.batch["targets"], microbatch),
                 slots.read(self.batch["weights"], microbatch),
                 head=self.params[head_name],
@@ -319,6 +330,7 @@ class _Scan:
                 vocab_size=self.config.vocab_size,
                 scale=self.loss_scale,
                 with_gradient=trains,
+                axis=self.vocabulary_axis,
             )
             loss = result.loss if trains else result
             carry = carry._replace(loss=carry.loss + jnp.where(is_owner, loss, jnp.zeros((), loss.dtype)))
@@ -330,7 +342,8 @@ class _Scan:
             gradients = slots.write(carry.gradients, result.hidden, rank["head_gradient"])
             return carry._replace(grads=grads, gradients=gradients)
 
-        return self._when(tick, "head_on", run, _unchanged, carry)
+        column, name = (tick, "head_on") if self.splits_vocabulary else (rank, "head_owner")
+        return self._when(column, name, run, _unchanged, carry)
 
     def _backward(self, carry: _Carry, rank: dict) -> _Carry:
         g, layers, taps = self.stage.backward(
@@ -376,10 +389,13 @@ class _Scan:
             is_owner = (rank["backward_is_first"] == 1) & (rank["backward_on"] == 1)
             is_owner = self._after_weight_gradients(is_owner, carry)
             tokens = slots.read(self.batch["tokens"], tick["embedding_gradient_microbatch"])
-            total = add_embedding_gradient(carry.grads["embedding"], tokens, from_owner(carry.g, is_owner))
+            gradient = from_owner(carry.g, is_owner, self.vocabulary_axis)
+            total = add_embedding_gradient(carry.grads["embedding"], tokens, gradient, self.vocabulary_axis)
             return carry._replace(grads={**carry.grads, "embedding": total})
 
-        return self._when(tick, "embedding_gradient_on", run, _unchanged, carry)
+        in_tick, in_rank = (tick, "embedding_gradient_on"), (rank, "backward_is_first")
+        column, name = in_tick if self.splits_vocabulary else in_rank
+        return self._when(column, name, run, _unchanged, carry)
 
     def _when(self, column: dict, name: str, run, otherwise, *operands):
         """Runs where the column says so; without a branch if it says so in every tick and on every rank."""

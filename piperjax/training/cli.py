@@ -358,7 +358,7 @@ def make_plan(
         fits = not sizes and config.plan.num_devices == num_devices
         if fits and not wished:
             return override(config.plan, changes, where="plan")
-        names = ["schedule", "memory_mode", "dispatch", "capacity_factor", "overlap"]
+        names = ["schedule", "memory_mode", "dispatch", "capacity_factor", "overlap", "vocabulary"]
         names += ["pipe", "data", "expert", "num_microbatches"] if fits else []
         names += ["num_chunks"] if "schedule" not in wished else []
         kept = {name: getattr(config.plan, name) for name in names}

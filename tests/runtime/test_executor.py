@@ -215,6 +215,23 @@ def test_the_other_schedules_and_memory_modes_equal_one_device(schedule, mode):
 
 
 @pytest.mark.parametrize(
+    ("schedule", "embeddings"), [("one_f_one_b", "untied"), ("zb_v", "tied"), ("v_half", "untied")]
+)
+def test_a_whole_vocabulary_equals_one_device(schedule, embeddings):
+    config = model(embeddings=embeddings)
+    stages = 2 * registry.chunks_of(schedule)
+    plan = plan_for(
+        config,
+        schedule=schedule,
+        pipe=2,
+        expert=2,
+        layers_per_stage=(4 // stages,) * stages,
+        vocabulary="whole",
+    )
+    check_equal(config, plan, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
     ("schedule", "dense_layers", "memory_mode"),
     [("one_f_one_b", 0, "named"), ("zb_v", 1, "layer"), ("interleaved", 0, "stash")],
 )
@@ -307,18 +324,26 @@ DEADLOCK_CASES = [((4, 2, 1), "stage"), ((2, 2, 2), "layer"), ((2, 4, 1), "stash
     [(name, *DEADLOCK_CASES[i % len(DEADLOCK_CASES)]) for i, name in enumerate(SCHEDULES)],
 )
 def test_no_collective_can_deadlock(schedule, mesh, memory_mode):
+    check_cannot_deadlock(schedule, mesh, memory_mode)
+
+
+def check_cannot_deadlock(schedule, mesh, memory_mode, **options):
     pipe, expert, data = mesh
     stages = pipe * registry.chunks_of(schedule)
     config = model(num_layers=stages)
     plan = plan_for(
         config, schedule=schedule, pipe=pipe, expert=expert, data=data, M=8, memory_mode=memory_mode,
-        layers_per_stage=(1,) * stages,
+        layers_per_stage=(1,) * stages, **options,
     )  # fmt: skip
     executor = executor_for(config, plan)
     counts = check_no_deadlock(jax.make_jaxpr(executor.gradients)(*abstract_arguments(executor)))
     assert sum(number for (name, _), number in counts.items() if name == "all_to_all") > 0 or expert == 1
     evaluation = jax.make_jaxpr(executor.evaluate)(*abstract_arguments(executor))
     check_no_deadlock(evaluation)
+
+
+def test_a_whole_vocabulary_cannot_deadlock():
+    check_cannot_deadlock("zb_v", (2, 2, 1), "layer", vocabulary="whole")
 
 
 def test_bfloat16_stays_near_float32():

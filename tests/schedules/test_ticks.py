@@ -61,7 +61,9 @@ def test_a_table_written_out_and_read_back_keeps_its_order_and_cost(name):
 
 
 def test_a_layout_that_does_not_exist_is_one_sentence():
-    with pytest.raises(ValueError, match="ticks are laid out as dual, overlap, single or ordered, got 'triple'"):
+    with pytest.raises(
+        ValueError, match="ticks are laid out as dual, overlap, single or ordered, got 'triple'"
+    ):
         pack(one_f_one_b(2, 2), "triple")
 
 
