@@ -46,7 +46,9 @@ def make_executor(
     **options,
 ) -> Executor:
     """An executor on the first devices, stages of equal length where possible."""
-    plan_options = {k: options.pop(k) for k in ("schedule", "memory_mode", "num_chunks", "vocabulary") if k in options}
+    plan_options = {
+        k: options.pop(k) for k in ("schedule", "memory_mode", "num_chunks", "vocabulary") if k in options
+    }
     stages = pipe * registry.chunks_of(plan_options.get("schedule", "one_f_one_b"))
     quotient, rest = divmod(config.num_layers, stages)
     plan = Plan(
