@@ -70,9 +70,9 @@ def test_the_train_step_lowers_for_gpus_from_a_cpu(platform, dtype):
     ("memory_mode", "expected"), [("stage", 8), ("layer", 6), ("named", 4), ("products", 4), ("stash", 4)]
 )
 def test_backward_repeats_as_many_exchanges_as_the_memory_mode_says(memory_mode, expected):
-    # One layer per stage, so that every loop over layers holds each exchange once.
+    # Every loop over layers holds each exchange once.
     executor = make_executor(
-        moe_model(num_layers=2), pipe=2, expert=2, num_microbatches=4, memory_mode=memory_mode
+        moe_model(num_layers=4), pipe=2, expert=2, num_microbatches=4, memory_mode=memory_mode
     )
     text = compiled_step(executor).as_text()
     exchanges = re.findall(r"= \(?(\w+)\[[\d,]*\]\S*,? .*all-to-all(?:-start)?\(", text)
