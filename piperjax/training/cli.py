@@ -16,7 +16,7 @@ from models.config import ModelConfig
 from models.presets import preset
 from piperjax.planner.plan import Plan, default_plan
 from piperjax.training.config import DataConfig, LogConfig, TrainConfig
-from piperjax.training.overrides import Tree, override, parse_assignments
+from piperjax.training.overrides import Tree, override, parse, parse_assignments
 from piperjax.training.run_file import read_run_file
 
 AXIS_FLAGS = {"pipe": "--pipe", "data": "--data-parallel", "expert": "--expert"}
@@ -352,7 +352,7 @@ def make_plan(
     wished = _filled(sizes, num_devices) | {name: value for name, value in flags.items() if value is not None}
     changes = dict(changes)
     if "num_chunks" in changes:  # It decides how many stages the layers are split into.
-        wished["num_chunks"] = changes.pop("num_chunks")
+        wished["num_chunks"] = parse(changes.pop("num_chunks"), int, where="plan.num_chunks")
     kept: dict[str, Any] = {}
     if config.plan is not None:
         fits = not sizes and config.plan.num_devices == num_devices

@@ -65,7 +65,7 @@ def override(config: Config, tree: Tree, *, where: str = "") -> Config:
 
 
 def parse(text: str, annotation: Any, *, where: str) -> Any:
-    """Reads a value of the annotated type: int, float, str, Literal, or a tuple of these separated by commas."""
+    """Reads a value of the annotated type: int, float, bool, str, Literal, or a tuple of these separated by commas."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         for choice in arguments:
@@ -76,6 +76,10 @@ def parse(text: str, annotation: Any, *, where: str) -> Any:
         return _parse_tuple(text, arguments, where=where)
     if annotation is str:
         return text
+    if annotation is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{where} must be true or false, got '{text}'")
+        return text.lower() == "true"
     kinds = {int: "a whole number", float: "a number"}
     if annotation not in kinds:
         raise ValueError(f"{where} cannot be set from the command line; set one of its parts")

@@ -122,6 +122,11 @@ COMMAND_LINES = [
         ["memory_mode must be one of stage, layer, named, products, stash, got 'all'"],
     ),
     ("--schedule zb_w", ["no schedule named 'zb_w'", "did you mean"]),
+    (
+        "--schedule interleaved --set plan.num_chunks=two",
+        ["plan.num_chunks must be a whole number, got 'two'"],
+    ),
+    ("--set plan.overlap=perhaps", ["plan.overlap must be true or false, got 'perhaps'"]),
     ("--schedule missing.csv", ["cannot read the schedule file missing.csv"]),
     ("--schedule zb_v --set plan.num_chunks=3", ["'zb_v' has 2 stages per pipe rank, got 3"]),
     ("--set plan.capacity_factor=-1", ["capacity_factor", "-1"]),

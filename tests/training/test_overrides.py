@@ -4,7 +4,7 @@ import pytest
 
 from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
 from piperjax.training.config import TrainConfig
-from piperjax.training.overrides import override, parse_assignments
+from piperjax.training.overrides import override, parse, parse_assignments
 
 ATTENTION = GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=8)
 MOE = LayerConfig(attention=ATTENTION, ffn=MoEFFN(num_experts=4, experts_per_token=2, d_ff=16))
@@ -79,3 +79,10 @@ def test_a_part_and_its_whole_cannot_both_be_set():
         apply("plan.pipe=2", "plan=none")
     with pytest.raises(ValueError, match="'plan' was already set as a whole"):
         apply("plan=none", "plan.pipe=2")
+
+
+def test_truth_values_are_words():
+    assert parse("true", bool, where="plan.overlap") is True
+    assert parse("False", bool, where="plan.overlap") is False
+    with pytest.raises(ValueError, match="plan.overlap must be true or false, got '1'"):
+        parse("1", bool, where="plan.overlap")
