@@ -49,7 +49,8 @@ def make_executor(
     plan_options = {
         k: options.pop(k) for k in ("schedule", "memory_mode", "num_chunks", "vocabulary") if k in options
     }
-    stages = pipe * registry.chunks_of(plan_options.get("schedule", "one_f_one_b"))
+    schedule = plan_options.get("schedule", "one_f_one_b")
+    stages = pipe * registry.chunks_of(schedule, plan_options.get("num_chunks", 0))
     quotient, rest = divmod(config.num_layers, stages)
     plan = Plan(
         pipe=pipe,

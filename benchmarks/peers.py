@@ -7,8 +7,9 @@ The model is the preset `peers_bench`, 8 sequences of 64 tokens per step, float3
 process of its own, one process at a time, on the same CPUs, in turns: ours, theirs, ours, theirs. A step is the whole
 of it: forward, backward with router losses, AdamW, and waiting for the result. Of 40 steps the last 30 count.
 
-Differences that remain: MaxText and PiperJAX recompute each layer in backward and clip the gradient by its global
-norm, Hugging Face does neither. MaxText's times are those that it logs, from the end of a step to the end of the next,
+Differences that remain: PiperJAX runs in memory mode "products", which repeats only elementwise work and attention's
+inner products in backward; its default "layer" repeats each layer and is about a tenth slower. MaxText repeats each
+layer, Hugging Face nothing. PiperJAX and MaxText clip the gradient by its global norm, Hugging Face does not. MaxText's times are those that it logs, from the end of a step to the end of the next,
 in whole milliseconds, with asynchronous dispatch turned off; its experts run by `ragged_dot`, the fastest of its
 dropless paths that works on a CPU.
 """

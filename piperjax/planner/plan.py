@@ -1,6 +1,6 @@
 """A plan: which mesh, schedule and partition a model is trained with. Immutable, and valid if it exists."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from meshes.platform import Platform
@@ -146,11 +146,7 @@ class Plan:
           ValueError: if a field is missing or unknown.
         """
         known = {field.name for field in fields(cls)}
-        missing = (
-            known
-            - set(values)
-            - {"memory_mode", "dispatch", "capacity_factor", "num_chunks", "overlap", "vocabulary"}
-        )
+        missing = {field.name for field in fields(cls) if field.default is MISSING} - set(values)
         if missing or set(values) - known:
             raise ValueError(
                 f"a plan has the fields {', '.join(sorted(known))}; missing: {', '.join(sorted(missing)) or 'none'}, "
