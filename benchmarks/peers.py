@@ -9,9 +9,9 @@ of it: forward, backward with router losses, AdamW, and waiting for the result. 
 
 Differences that remain: PiperJAX runs in memory mode "products", which repeats only elementwise work and attention's
 inner products in backward; its default "layer" repeats each layer and is about a tenth slower. MaxText repeats each
-layer, Hugging Face nothing. PiperJAX and MaxText clip the gradient by its global norm, Hugging Face does not. MaxText's times are those that it logs, from the end of a step to the end of the next,
-in whole milliseconds, with asynchronous dispatch turned off; its experts run by `ragged_dot`, the fastest of its
-dropless paths that works on a CPU.
+layer, Hugging Face nothing. PiperJAX and MaxText clip the gradient by its global norm, Hugging Face does not. MaxText's
+times are those that it logs, from the end of a step to the end of the next, in whole milliseconds, with asynchronous
+dispatch turned off; its experts run by `ragged_dot`, the fastest of its dropless paths that works on a CPU.
 """
 
 import argparse
