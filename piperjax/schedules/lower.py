@@ -142,9 +142,8 @@ class _Lowering:
         # Tick of the backward or input gradient, and of the weight gradient, of a (stage, microbatch).
         self.backward_tick = {a[1:]: tick for a, tick in self.tick_of.items() if a.kind in "BI"}
         self.weight_tick = {a[1:]: tick for a, tick in self.tick_of.items() if self.splits and a.kind in "BW"}
-        self.head_comes_first = self._trains and all(
-            self.backward_tick[key] > self.tick_of[Action("F", *key)] for key in self._last_stage()
-        )
+        self.head_comes_first = table.head_comes_first
+        self.early = int(bool(table.before_head))
         self.weight_columns = self._weight_columns()
         self.weights_per_tick = 1 + max(self.weight_columns.values(), default=-1)
         size = (len(table.ticks), self.schedule.num_ranks)
@@ -172,30 +171,18 @@ class _Lowering:
     def _trains(self) -> bool:
         return self.schedule.passes == "forward_backward"
 
-    def _last_stage(self) -> list[tuple[int, int]]:
-        return [(self.schedule.num_stages - 1, m) for m in range(self.schedule.num_microbatches)]
-
     def _weight_columns(self) -> dict[tuple[int, int], int]:
-        """Column of each weight gradient in its tick: 0 before the head, the others after the backward.
-
-        All ranks meet at the head. A rank that runs a W where others run F must do it before, not after.
-        """
-        runs_forward = {
-            (tick, self.schedule.rank_of_stage[a.stage]) for a, tick in self.tick_of.items() if a.kind == "F"
-        }
-        early: set[tuple[int, int]] = set()
-        late, columns = Counter(), {}
+        """Column of each weight gradient in its tick: 0 before the head if there are such, the others after it."""
+        late: Counter[tuple[int, int]] = Counter()
+        columns = {}
         for key, tick in sorted(self.weight_tick.items(), key=lambda item: item[1]):
-            place = (tick, self.schedule.rank_of_stage[key[0]])
-            can_be_early = place not in runs_forward | early and self.backward_tick[key] < tick
-            if can_be_early and not self.head_comes_first:
-                early.add(place)
+            if Action("W", *key) in self.table.before_head:
                 columns[key] = 0
             else:
+                place = (tick, self.schedule.rank_of_stage[key[0]])
+                columns[key] = self.early + late[place]
                 late[place] += 1
-                columns[key] = late[place]
-        self.early = int(bool(early))
-        return columns if early else {key: column - 1 for key, column in columns.items()}
+        return columns
 
     def run(self) -> LoweredSchedule:
         inputs, stashes, gradients, taps = self._slots()

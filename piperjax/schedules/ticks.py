@@ -15,6 +15,8 @@ on the rank in the same tick.
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from typing import Literal
 
 from piperjax.schedules.filling import (
@@ -48,6 +50,34 @@ class TickTable:
             tuple(action for row in self.ticks for action in row[rank])
             for rank in range(self.schedule.num_ranks)
         )
+
+    @cached_property
+    def head_comes_first(self) -> bool:
+        """Whether no backward follows the forward of its own microbatch within a tick.
+
+        The head can then begin the next tick, where all ranks meet anyway, instead of standing between F and B.
+        """
+        tick_of, last = self.tick_of(), self.schedule.num_stages - 1
+        backwards = [(a, tick) for a, tick in tick_of.items() if a.kind in "BI" and a.stage == last]
+        return bool(backwards) and all(tick > tick_of[a._replace(kind="F")] for a, tick in backwards)
+
+    @cached_property
+    def before_head(self) -> frozenset[Action]:
+        """Weight gradients that run before the head: at most one per rank and tick, in place of a forward.
+
+        All ranks meet at the head. A rank that runs a W where others run F must do it before, not after.
+        """
+        if self.head_comes_first:
+            return frozenset()
+        tick_of, early = self.tick_of(), set()
+        for tick, row in enumerate(self.ticks):
+            for actions in row:
+                if not any(action.kind == "F" for action in actions):
+                    older = (
+                        a for a in actions if a.kind == "W" and tick_of.get(a._replace(kind="I"), tick) < tick
+                    )
+                    early.update(islice(older, 1))
+        return frozenset(early)
 
     def peak_in_flight(self) -> tuple[int, ...]:
         """Per rank: most (stage, microbatch) pairs whose forward has run and whose backward has not ended."""

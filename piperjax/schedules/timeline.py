@@ -5,6 +5,7 @@ the published bubble formulas assume. `lockstep` prices a tick table: a step is 
 slowest rank's tick, which is what the executor does.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from piperjax.schedules.schedule import Action, Schedule, dependencies
@@ -176,8 +177,9 @@ def simulate(schedule: Schedule, costs: ActionCosts) -> Timeline:
 def lockstep(table: TickTable, costs: ActionCosts) -> Timeline:
     """Times a tick table in lockstep: every tick lasts as long as its slowest rank, plus one transfer.
 
-    A tick is: exchange, embedding, F, head, B or I, W, gradient of the embedding. Embedding and head are work
-    of all ranks and are not drawn as anybody's action.
+    A tick is: exchange, embedding, F, head, B or I, W, gradient of the embedding, where all ranks meet at the
+    head; or with the head of the tick before at its start (`TickTable.head_comes_first`). Embedding and head are
+    work of all ranks and are not drawn as anybody's action.
     """
     num_stages = table.schedule.num_stages
     costs.check_stages(num_stages)
@@ -185,14 +187,18 @@ def lockstep(table: TickTable, costs: ActionCosts) -> Timeline:
     end: dict[Action, float] = {}
     now = 0.0
     exchange = costs.transfer if table.schedule.num_ranks > 1 else 0.0
+    ended = False
     for row in table.ticks:
         everything = [action for actions in row for action in actions]
         now += exchange + costs.embedding * any(a.kind == "F" and a.stage == 0 for a in everything)
+        if table.head_comes_first:
+            now += costs.head * ended
+        ended = any(a.kind == "F" and a.stage == num_stages - 1 for a in everything)
         clocks = [now] * len(row)
-        _run(row, "F", clocks, costs, start, end)
-        if costs.head and any(a.kind == "F" and a.stage == num_stages - 1 for a in everything):
+        _run(row, lambda a: a.kind == "F" or a in table.before_head, clocks, costs, start, end)
+        if ended and not table.head_comes_first:
             clocks = [max(clocks) + costs.head] * len(row)
-        _run(row, "BIW", clocks, costs, start, end)
+        _run(row, lambda a: a.kind != "F" and a not in table.before_head, clocks, costs, start, end)
         now = max(clocks)
         now += costs.embedding_gradient * any(a.kind in "BI" and a.stage == 0 for a in everything)
     return Timeline(schedule=table.schedule, start_seconds=start, end_seconds=end, step_seconds=now)
@@ -200,16 +206,16 @@ def lockstep(table: TickTable, costs: ActionCosts) -> Timeline:
 
 def _run(
     row: tuple[tuple[Action, ...], ...],
-    kinds: str,
+    now_runs: Callable[[Action], bool],
     clocks: list[float],
     costs: ActionCosts,
     start: dict[Action, float],
     end: dict[Action, float],
 ):
-    """Runs the actions of some kinds in one tick, moving each rank's clock on."""
+    """Runs the actions of one part of a tick, moving each rank's clock on."""
     for rank, actions in enumerate(row):
         for action in actions:
-            if action.kind in kinds:
+            if now_runs(action):
                 beside = action.kind in "BI" and actions[0].kind == "F" and actions[0][1:] != action[1:]
                 start[action] = clocks[rank]
                 seconds = max(costs.seconds(action) - costs.overlap * beside, 0.0)
