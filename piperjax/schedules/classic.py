@@ -1,6 +1,6 @@
 """The classic schedules: GPipe and 1F1B with one stage per pipe rank, and the forward pass alone."""
 
-from piperjax.schedules.schedule import Action, Schedule, loop_placement
+from piperjax.schedules.schedule import Action, Schedule, loop_placement, one_stage_per_rank
 
 
 def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
@@ -15,7 +15,7 @@ def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
         + tuple(Action("B", stage, m) for m in microbatches)
         for stage in range(num_stages)
     )
-    return _one_stage_per_rank("gpipe", num_microbatches, ranks)
+    return one_stage_per_rank("gpipe", num_microbatches, ranks)
 
 
 def one_f_one_b(num_stages: int, num_microbatches: int) -> Schedule:
@@ -36,7 +36,7 @@ def one_f_one_b(num_stages: int, num_microbatches: int) -> Schedule:
                 actions.append(Action("F", stage, m + warmup))
             actions.append(Action("B", stage, m))
         ranks.append(tuple(actions))
-    return _one_stage_per_rank("one_f_one_b", num_microbatches, tuple(ranks))
+    return one_stage_per_rank("one_f_one_b", num_microbatches, tuple(ranks))
 
 
 def forward_only(num_stages: int, num_microbatches: int) -> Schedule:
@@ -80,14 +80,4 @@ def forward_only_like(schedule: Schedule, num_microbatches: int) -> Schedule:
         ranks=tuple(map(tuple, ranks)),
         stage_of_chunk=schedule.stage_of_chunk,
         passes="forward",
-    )
-
-
-def _one_stage_per_rank(name: str, num_microbatches: int, ranks: tuple[tuple[Action, ...], ...]) -> Schedule:
-    return Schedule(
-        name=name,
-        num_stages=len(ranks),
-        num_microbatches=num_microbatches,
-        ranks=ranks,
-        stage_of_chunk=loop_placement(len(ranks)),
     )

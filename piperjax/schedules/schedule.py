@@ -196,6 +196,20 @@ def _executable_order(schedule: Schedule) -> tuple[tuple[int, Action], ...]:
     return tuple(order)
 
 
+def one_stage_per_rank(
+    name: str, num_microbatches: int, ranks: tuple[tuple[Action, ...], ...], *, clock: str = "dual"
+) -> Schedule:
+    """A schedule whose rank r holds stage r."""
+    return Schedule(
+        name=name,
+        num_stages=len(ranks),
+        num_microbatches=num_microbatches,
+        ranks=ranks,
+        stage_of_chunk=loop_placement(len(ranks)),
+        clock=clock,
+    )
+
+
 def loop_placement(num_ranks: int, num_chunks: int = 1) -> tuple[tuple[int, ...], ...]:
     """Stages of each rank when stages are dealt out in turn: rank r holds r, r + P, r + 2P, ..."""
     return tuple(tuple(range(rank, num_ranks * num_chunks, num_ranks)) for rank in range(num_ranks))

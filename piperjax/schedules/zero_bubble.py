@@ -4,7 +4,7 @@ Qi et al. (arXiv:2401.10241) split the backward into I, which the neighbour wait
 waits for. Times below are f, i and w seconds of F, I and W. The paper writes B for our I.
 """
 
-from piperjax.schedules.schedule import Action, Schedule, loop_placement
+from piperjax.schedules.schedule import Action, Schedule, one_stage_per_rank
 
 
 def zb_h1(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -16,7 +16,7 @@ def zb_h1(num_ranks: int, num_microbatches: int) -> Schedule:
     ranks = tuple(
         _one_rank(rank, num_microbatches, warmup=num_ranks - rank, delay=rank) for rank in range(num_ranks)
     )
-    return _schedule("zb_h1", num_microbatches, ranks, clock=_clock(num_ranks, num_microbatches))
+    return one_stage_per_rank("zb_h1", num_microbatches, ranks, clock=_clock(num_ranks, num_microbatches))
 
 
 def zb_h2(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -30,7 +30,7 @@ def zb_h2(num_ranks: int, num_microbatches: int) -> Schedule:
         _one_rank(rank, num_microbatches, warmup=2 * (num_ranks - rank) - 1, delay=2 * rank)
         for rank in range(num_ranks)
     )
-    return _schedule("zb_h2", num_microbatches, ranks, clock="single")
+    return one_stage_per_rank("zb_h2", num_microbatches, ranks, clock="single")
 
 
 def zb_dual(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -45,7 +45,7 @@ def zb_dual(num_ranks: int, num_microbatches: int) -> Schedule:
         _one_rank(rank, num_microbatches, warmup=2 * (num_ranks - rank) - 1, delay=rank)
         for rank in range(num_ranks)
     )
-    return _schedule("zb_dual", num_microbatches, ranks, clock=_clock(num_ranks, num_microbatches))
+    return one_stage_per_rank("zb_dual", num_microbatches, ranks, clock=_clock(num_ranks, num_microbatches))
 
 
 def _one_rank(rank: int, num_microbatches: int, *, warmup: int, delay: int) -> tuple[Action, ...]:
@@ -65,16 +65,3 @@ def _one_rank(rank: int, num_microbatches: int, *, warmup: int, delay: int) -> t
 def _clock(num_ranks: int, num_microbatches: int) -> str:
     """Dual ticks need more microbatches than ranks: with fewer, W finds no slack and one action per tick is shorter."""
     return "single" if num_microbatches <= num_ranks else "dual"
-
-
-def _schedule(
-    name: str, num_microbatches: int, ranks: tuple[tuple[Action, ...], ...], *, clock: str
-) -> Schedule:
-    return Schedule(
-        name=name,
-        num_stages=len(ranks),
-        num_microbatches=num_microbatches,
-        ranks=ranks,
-        stage_of_chunk=loop_placement(len(ranks)),
-        clock=clock,
-    )
