@@ -198,6 +198,9 @@ class ModelConfig:
       vocab_size: V.
       layers: one LayerConfig per layer, first layer first.
       embeddings: "tied" uses the embedding as output head.
+      prediction_layers: layers beyond the last that predict one more token each (multi-token prediction, DeepSeek-V3,
+        arXiv:2412.19437 section 2.2); each joins the stream with the embedding of the next token and is then a layer
+        like the last; priced, not yet trained.
       norm_eps: added to the mean square in every RMS norm.
       init_std: standard deviation of the initial matrices; output projections divide it by sqrt(2 L).
     """
@@ -207,6 +210,7 @@ class ModelConfig:
     vocab_size: int
     layers: tuple[LayerConfig, ...]
     embeddings: Embeddings = "untied"
+    prediction_layers: int = 0
     norm_eps: float = 1e-5
     init_std: float = 0.02
 
@@ -214,6 +218,7 @@ class ModelConfig:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name of a ModelConfig must be a non-empty string, got {self.name!r}")
         _check_counts(self, "d_model", "vocab_size")
+        _check_counts(self, "prediction_layers", at_least=0)
         _check_numbers(self, "norm_eps", "init_std")
         _check_choice(self, "embeddings", Embeddings)
         if not isinstance(self.layers, tuple) or not self.layers:

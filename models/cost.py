@@ -51,8 +51,9 @@ class ModelParameters:
       embedding: V D.
       head: V D, or 0 when tied to the embedding.
       final_norm: D.
-      layers: one entry per layer.
+      layers: one entry per layer, those that predict further tokens last.
       active_experts: parameters of the k experts a token passes through, all layers together.
+      joins: for each layer that predicts a further token, 2 D^2 that join the stream with an embedding, and 3 norms.
     """
 
     embedding: int
@@ -60,11 +61,13 @@ class ModelParameters:
     final_norm: int
     layers: tuple[LayerParameters, ...]
     active_experts: int
+    joins: int = 0
 
     @property
     def total(self) -> int:
         """All parameters, as published counts have it."""
-        return self.embedding + self.head + self.final_norm + sum(layer.total for layer in self.layers)
+        outer = self.embedding + self.head + self.final_norm + self.joins
+        return outer + sum(layer.total for layer in self.layers)
 
     @property
     def trained(self) -> int:
@@ -105,15 +108,22 @@ class LayerFlop(_Parts):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlop:
-    """Forward FLOP of a model per token: of every layer, and of the head (2 V D)."""
+    """Forward FLOP of a model per token.
+
+    Attributes:
+      layers: one entry per layer, those that predict further tokens last.
+      head: 2 V D for every token that is predicted.
+      joins: 4 D^2 for each layer that predicts a further token.
+    """
 
     layers: tuple[LayerFlop, ...]
     head: int
+    joins: int = 0
 
     @property
     def forward(self) -> int:
         """One forward pass."""
-        return self.head + sum(layer.total for layer in self.layers)
+        return self.head + self.joins + sum(layer.total for layer in self.layers)
 
     @property
     def step(self) -> int:
@@ -151,16 +161,18 @@ class LayerActivations(_Parts):
 def parameters(config: ModelConfig) -> ModelParameters:
     """Counts the parameters of a model: those that `transformer.init_params` makes and the router biases."""
     V, D = config.vocab_size, config.d_model
+    layers = _all_layers(config)
     return ModelParameters(
         embedding=V * D,
         head=V * D if config.embeddings == "untied" else 0,
         final_norm=D,
-        layers=tuple(layer_parameters(config, layer) for layer in config.layers),
+        layers=tuple(layer_parameters(config, layer) for layer in layers),
         active_experts=sum(
             layer.ffn.experts_per_token * _matrices(D, layer.ffn.d_ff, layer.ffn.num_matrices)
-            for layer in config.layers
+            for layer in layers
             if isinstance(layer.ffn, MoEFFN)
         ),
+        joins=config.prediction_layers * (2 * D + 3) * D,
     )
 
 
@@ -190,8 +202,12 @@ def flop_per_token(config: ModelConfig, seq_len: int) -> ModelFlop:
     the published rates of vendors imply (Narayanan et al., arXiv:2104.04473, appendix, with only the
     causal half).
     """
-    layers = tuple(layer_flop(config, layer, seq_len) for layer in config.layers)
-    return ModelFlop(layers=layers, head=2 * config.vocab_size * config.d_model)
+    predictions, D = config.prediction_layers, config.d_model
+    return ModelFlop(
+        layers=tuple(layer_flop(config, layer, seq_len) for layer in _all_layers(config)),
+        head=2 * config.vocab_size * D * (1 + predictions),
+        joins=4 * D**2 * predictions,
+    )
 
 
 def layer_flop(config: ModelConfig, layer: LayerConfig, seq_len: int) -> LayerFlop:
@@ -255,6 +271,11 @@ def all_to_all_bytes(config: ModelConfig, layer: LayerConfig, *, itemsize: int =
     """
     k = layer.ffn.experts_per_token if isinstance(layer.ffn, MoEFFN) else 0
     return k * config.d_model * itemsize
+
+
+def _all_layers(config: ModelConfig) -> tuple[LayerConfig, ...]:
+    """Returns the layers and, after them, those that predict further tokens."""
+    return config.layers + config.layers[-1:] * config.prediction_layers
 
 
 def _matrices(d_model: int, d_ff: int, num_matrices: int) -> int:

@@ -88,6 +88,11 @@ def _declared(config: ModelConfig, kind: str) -> tuple[nnx.GraphDef, Params]:
             f"model '{config.name}' uses {type(layer.attention).__name__}, which can be planned but not yet "
             "trained; choose a model with GroupedQueryAttention"
         )
+    if config.prediction_layers:
+        raise ValueError(
+            f"model '{config.name}' has {config.prediction_layers} prediction_layers, which can be planned but not yet "
+            "trained; set prediction_layers to 0"
+        )
     graph, state = nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, layer)))
     return graph, nnx.to_pure_dict(state)
 

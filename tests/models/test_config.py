@@ -43,7 +43,7 @@ def test_model_without_experts():
 
 
 def test_json_round_trip_is_exact():
-    config = model(DENSE, MOE, MOE, WIDE, embeddings="tied", norm_eps=1e-6)
+    config = model(DENSE, MOE, MOE, WIDE, embeddings="tied", prediction_layers=1, norm_eps=1e-6)
     text = json.dumps(config.to_dict())
     assert ModelConfig.from_dict(json.loads(text)) == config
     assert [run["repeat"] for run in config.to_dict()["layers"]] == [1, 2, 1]

@@ -1,5 +1,6 @@
 """Tests of models/cost.py against published counts, the layers themselves and the compiler."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -39,7 +40,12 @@ def gpt_oss_120b():
     return ModelConfig(name="gpt_oss_120b", d_model=2880, vocab_size=201_088, layers=(layer,) * 36)
 
 
+def predicting_deepseek_v3():
+    return dataclasses.replace(preset("deepseek_v3"), prediction_layers=1)
+
+
 OTHERS = {
+    "deepseek_v3_predicting": predicting_deepseek_v3,
     "llama3_8b": lambda: dense_model(4096, 32, 32, 14336),
     "llama3_70b": lambda: dense_model(8192, 80, 64, 28672),
     "llama3_405b": lambda: dense_model(16384, 126, 128, 53248),
@@ -60,6 +66,19 @@ def test_step_flop_equals_published_rates(name):
     config = OTHERS[name]() if name in OTHERS else preset(name)
     found = cost.flop_per_token(config, RATES[name]["seq_len"]).step
     assert found / 1e9 == pytest.approx(RATES[name]["step_gflop"], rel=0.005)
+
+
+def test_prediction_layer_counts_what_it_adds():
+    """DeepSeek-V3's adds 11.6B parameters beside the embedding and head that it shares."""
+    plain, predicting = cost.parameters(preset("deepseek_v3")), cost.parameters(predicting_deepseek_v3())
+    assert predicting.total - plain.total == 11_610_068_224
+    layer = preset("deepseek_v3").layers[-1]
+    expected = cost.layer_flop(preset("deepseek_v3"), layer, 4096).total + 4 * 7168**2 + 2 * 129_280 * 7168
+    added = (
+        cost.flop_per_token(predicting_deepseek_v3(), 4096).forward
+        - cost.flop_per_token(preset("deepseek_v3"), 4096).forward
+    )
+    assert added == expected
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -121,23 +140,49 @@ def test_parameters_equal_those_of_the_layers(config):
             )
 
 
+def wide_model(num_matrices, num_layers=1):
+    """All experts chosen, so that plain layers do no more than what is counted, and wide, so products are all."""
+    attention = GroupedQueryAttention(num_heads=8, num_kv_heads=2, head_dim=128)
+    moe = MoEFFN(num_experts=4, experts_per_token=4, d_ff=1024, num_matrices=num_matrices, shared_d_ff=512)
+    layers = (LayerConfig(attention=attention, ffn=moe),) * num_layers
+    return ModelConfig(name="m", d_model=1024, vocab_size=8192, layers=layers)
+
+
+def plain_flop(config, S):
+    """Forward FLOP per token of plain layers: all pairs scored, and a dense matrix of gates."""
+    counted = cost.layer_flop(config, config.layers[0], S)
+    return counted.total + counted.attention_scores + 2 * config.num_experts * config.d_model
+
+
 @pytest.mark.parametrize("num_matrices", [2, 3])
 def test_layer_flop_equals_the_compilers_count(num_matrices):
-    """All experts chosen and all pairs scored, so that the plain layer does no more than what is counted."""
-    S, E = 256, 4
-    attention = GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=128)
-    moe = MoEFFN(num_experts=E, experts_per_token=E, d_ff=1024, num_matrices=num_matrices, shared_d_ff=512)
-    layer = LayerConfig(attention=attention, ffn=moe)
-    config = ModelConfig(name="m", d_model=1024, vocab_size=8, layers=(layer,))
+    config, S = wide_model(num_matrices), 256
     params = jax.eval_shape(lambda: init_layers(config, "moe", np.int32(0), 0))
     x = jax.ShapeDtypeStruct((1, S, 1024), jnp.float32)
-    context = reference_context(jnp.zeros((1, S), jnp.int32), jnp.zeros((1, S), jnp.int32), jnp.zeros(E))
+    context = reference_context(jnp.zeros((1, S), jnp.int32), jnp.zeros((1, S), jnp.int32), jnp.zeros(4))
     forward = jax.jit(lambda params, x: layer_function(config, "moe")(params, x, context)[0])
-    counted = cost.layer_flop(config, layer, S)
-    expected = S * (counted.total + counted.attention_scores)
-    # One more product of the plain layer, its dense gate matrix.
-    expected += 2 * S * E * 1024
-    assert forward.lower(params, x).cost_analysis()["flops"] == pytest.approx(expected, rel=0.02)
+    found = forward.lower(params, x).cost_analysis()["flops"]
+    assert found == pytest.approx(S * plain_flop(config, S), rel=0.01)
+
+
+def test_step_flop_equals_the_compilers_count():
+    """Forward and backward of layers in a scan, which the compiler counts once, and of a head."""
+    config, S, L = wide_model(3, num_layers=5), 256, 5
+    params = jax.eval_shape(lambda: init_params(config, 0))
+    tokens = jax.ShapeDtypeStruct((1, S), jnp.int32)
+    context = reference_context(jnp.zeros((1, S), jnp.int32), jnp.zeros((1, S), jnp.int32), jnp.zeros(4))
+    layer = layer_function(config, "moe")
+
+    def loss(params, tokens):
+        x = params["embedding"][tokens]
+        x, _ = jax.lax.scan(lambda x, p: (layer(p, x, context)[0], None), x, params["layers"]["moe"])
+        return jax.nn.logsumexp(jnp.einsum("bsd,vd->bsv", x, params["head"]), axis=-1).sum()
+
+    once = jax.jit(jax.grad(loss)).lower(params, tokens).cost_analysis()["flops"]
+    found = once + (L - 1) * 3 * S * plain_flop(config, S)
+    counted = cost.flop_per_token(config, S)
+    extra = L * (plain_flop(config, S) - counted.layers[0].total)
+    assert found == pytest.approx(S * (counted.step + 3 * extra), rel=0.01)
 
 
 def test_layer_flop_by_hand():

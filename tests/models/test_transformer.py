@@ -1,5 +1,6 @@
 """Tests of models/transformer.py: the whole against numpy in float64, initialisation, who influences whom."""
 
+import dataclasses
 import functools
 
 import jax
@@ -394,3 +395,9 @@ def test_latent_attention_is_refused_with_a_sentence():
         layer_function(config, "dense")
     with pytest.raises(ValueError, match="model 'latent' has no layers of kind 'moe'; it has dense"):
         layer_function(config, "moe")
+
+
+def test_prediction_layers_are_refused_with_a_sentence():
+    config = dataclasses.replace(model(), prediction_layers=1)
+    with pytest.raises(ValueError, match="has 1 prediction_layers, which can be planned but not yet trained"):
+        layer_function(config, "dense")
