@@ -1,45 +1,36 @@
 """This file is the machine description: devices, the levels of the network between them, and how fast they are."""
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from math import gcd, isfinite
+from math import gcd
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-Provenance = Literal["measured", "published", "vendor", "assumed"]
+from meshes.device import Attention, Device, Products
+from meshes.fields import (
+    Provenance,
+    check_count,
+    check_fraction,
+    check_provenance,
+    check_range,
+    check_rate,
+    check_size,
+    check_text,
+    checked_fields,
+    within_range,
+)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """One device, as JAX sees it.
-
-    Attributes:
-      memory_bytes: memory of one device; None where unknown.
-      memory_bytes_per_second: peak rate of that memory; None where unknown.
-      peak_flop_per_second: peak rate of matrix products by dtype name; empty where unknown.
-      provenance: where the numbers come from.
-    """
-
-    memory_bytes: int | None = None
-    memory_bytes_per_second: float | None = None
-    peak_flop_per_second: Mapping[str, float] = field(default_factory=dict, hash=False)
-    provenance: Provenance = "assumed"
-
-    def __post_init__(self) -> None:
-        if self.memory_bytes is not None:
-            _check_count("device.memory_bytes", self.memory_bytes)
-        if self.memory_bytes_per_second is not None:
-            _check_rate("device.memory_bytes_per_second", self.memory_bytes_per_second)
-        if not isinstance(self.peak_flop_per_second, Mapping):
-            raise ValueError(
-                "device.peak_flop_per_second must give a rate for each dtype, such as { bfloat16 = 191.5e12 }, "
-                f"got {self.peak_flop_per_second!r}"
-            )
-        for dtype, rate in self.peak_flop_per_second.items():
-            _check_rate(f"device.peak_flop_per_second.{dtype}", rate)
-        _check_provenance("device", self.provenance)
+__all__ = [
+    "Attention",
+    "Device",
+    "Link",
+    "Platform",
+    "Products",
+    "detect_platform",
+    "known_platforms",
+    "load_platform",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +40,14 @@ class Link:
     Attributes:
       name: what people who run the machine call it.
       devices: number of devices that one instance of this link joins, those of the inner levels included.
-      bytes_per_second: peak rate per device and direction, when few devices talk.
+      bytes_per_second: peak rate per device and direction, when few devices talk. Where devices share a network
+        interface it is a device's share of it.
       latency_seconds: time for an empty message of a collective.
+      message_seconds: what each further message costs a device that posts several, as a flat all-to-all does.
+      efficiency: part of `bytes_per_second` that collectives reach with large messages.
       taper_fraction: part of `bytes_per_second` that is left to each device when all of them talk at once.
+      smallest_bytes: smallest message that was measured; None where no range is known.
+      largest_bytes: largest.
       provenance: where the numbers come from.
     """
 
@@ -59,25 +55,34 @@ class Link:
     devices: int
     bytes_per_second: float
     latency_seconds: float
+    message_seconds: float = 0.0
+    efficiency: float = 1.0
     taper_fraction: float = 1.0
+    smallest_bytes: float | None = None
+    largest_bytes: float | None = None
     provenance: Provenance = "assumed"
 
     def __post_init__(self) -> None:
-        _check_text("link.name", self.name)
+        check_text("link.name", self.name)
         where = f"link '{self.name}':"
-        _check_count(f"{where} devices", self.devices)
-        _check_rate(f"{where} bytes_per_second", self.bytes_per_second)
-        _check_rate(f"{where} latency_seconds", self.latency_seconds)
-        _check_rate(f"{where} taper_fraction", self.taper_fraction)
+        check_count(f"{where} devices", self.devices)
+        check_rate(f"{where} bytes_per_second", self.bytes_per_second)
+        check_rate(f"{where} latency_seconds", self.latency_seconds)
+        check_size(f"{where} message_seconds", self.message_seconds)
+        check_fraction(f"{where} efficiency", self.efficiency)
+        check_fraction(f"{where} taper_fraction", self.taper_fraction)
         # A message takes between 10 ns and 1 s on anything that deserves the name; outside it the unit is wrong.
         if not 1e-8 <= self.latency_seconds <= 1:
             raise ValueError(
                 f"{where} latency_seconds must lie between 1e-8 and 1, got {self.latency_seconds!r}; "
                 "write it in seconds (2 microseconds are 2e-6)"
             )
-        if self.taper_fraction > 1:
-            raise ValueError(f"{where} taper_fraction must be at most 1, got {self.taper_fraction!r}")
-        _check_provenance(where, self.provenance)
+        check_range(f"{where} the range of bytes", self.smallest_bytes, self.largest_bytes)
+        check_provenance(where, self.provenance)
+
+    def covers(self, num_bytes: Any) -> Any:
+        """Whether a message of `num_bytes` lies in the measured range; True where no range is known."""
+        return within_range(num_bytes, self.smallest_bytes, self.largest_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +93,9 @@ class Platform:
       name: the file's name.
       description: one line about the machine.
       device: one of its devices; all are alike.
-      devices_per_node: devices of one host.
+      devices_per_node: devices of one host, or of a larger domain of fast links that joins several hosts.
       links: levels of the network, innermost first; each joins a whole number of instances of the one before.
+      devices_per_nic: consecutive devices of a node that share one network interface; None where there is no network.
     """
 
     name: str
@@ -97,11 +103,19 @@ class Platform:
     device: Device
     devices_per_node: int
     links: tuple[Link, ...] = ()
+    devices_per_nic: int | None = None
 
     def __post_init__(self) -> None:
-        _check_text("name", self.name)
-        _check_text("description", self.description)
-        _check_count("devices_per_node", self.devices_per_node)
+        check_text("name", self.name)
+        check_text("description", self.description)
+        check_count("devices_per_node", self.devices_per_node)
+        if self.devices_per_nic is not None:
+            check_count("devices_per_nic", self.devices_per_nic)
+            if self.devices_per_node % self.devices_per_nic:
+                raise ValueError(
+                    f"devices_per_nic must divide the {self.devices_per_node} devices of a node, "
+                    f"got {self.devices_per_nic}"
+                )
         for inner, outer in zip(self.links, self.links[1:], strict=False):
             if outer.devices <= inner.devices or outer.devices % inner.devices:
                 raise ValueError(
@@ -120,6 +134,25 @@ class Platform:
     def switch_devices(self) -> int | None:
         """Devices joined by the first link that leaves the node; None if no link does."""
         return next((link.devices for link in self.links if link.devices > self.devices_per_node), None)
+
+    @property
+    def nics_per_node(self) -> int | None:
+        """Network interfaces of a node; None where there is no network."""
+        return None if self.devices_per_nic is None else self.devices_per_node // self.devices_per_nic
+
+    def rated(self, dtype: str) -> bool:
+        """Whether the file says enough of products, attention and memory in `dtype` to predict seconds."""
+        device = self.device
+        if device.matmul is None or device.grouped_matmul is None or device.attention is None:
+            return False
+        tables = (
+            device.peak_flop_per_second,
+            device.matmul.efficiency,
+            device.grouped_matmul.efficiency,
+            device.attention.forward_efficiency,
+            device.attention.backward_efficiency,
+        )
+        return device.memory_bytes_per_second is not None and all(dtype in table for table in tables)
 
     def expert_factors(self, expert: int, pipe: int, data: int) -> tuple[int, int, int]:
         """Splits the expert axis into (group, node, local) by where its devices sit.
@@ -230,49 +263,27 @@ def _read(path: Path) -> Platform:
 def _build_platform(name: str, values: dict[str, Any]) -> Platform:
     parts = {"name": name, **values}
     if isinstance(parts.get("device"), dict):
-        parts["device"] = Device(**_checked_fields(Device, parts["device"], "[device]"))
+        parts["device"] = _build_device(parts["device"])
     links = parts.get("links", [])
     if not isinstance(links, list) or not all(isinstance(link, dict) for link in links):
         raise ValueError("links must be a list of tables, each headed [[links]]")
-    parts["links"] = tuple(Link(**_checked_fields(Link, link, "[[links]]")) for link in links)
-    parts = _checked_fields(Platform, parts, "the top level")
+    parts["links"] = tuple(Link(**checked_fields(Link, link, "[[links]]")) for link in links)
+    parts = checked_fields(Platform, parts, "the top level")
     if not isinstance(parts["device"], Device):
         raise ValueError(f"device must be a table headed [device], got {parts['device']!r}")
     return Platform(**parts)
 
 
-def _checked_fields(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    known = {entry.name: entry for entry in fields(cls)}
-    for key in values:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f", did you mean {near[0]}?" if near else ";"
-            raise ValueError(f"{where} has no field '{key}'{hint} its fields are {', '.join(known)}")
-    for key, entry in known.items():
-        if key not in values and entry.default is MISSING and entry.default_factory is MISSING:
-            raise ValueError(f"{where} needs the field {key}")
-    return values
-
-
-def _check_count(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def _check_rate(name: str, value: Any) -> None:
-    if type(value) not in (int, float) or not isfinite(value) or value <= 0:
-        raise ValueError(
-            f"{name} must be a positive number in base units (bytes, seconds, FLOP), got {value!r}"
-        )
-
-
-def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} must be a non-empty text, got {value!r}")
-
-
-def _check_provenance(where: str, value: Any) -> None:
-    if value not in get_args(Provenance):
-        raise ValueError(
-            f"{where} provenance must be one of {', '.join(get_args(Provenance))}, got {value!r}"
-        )
+def _build_device(values: dict[str, Any]) -> Device:
+    values = checked_fields(Device, values, "[device]")
+    for name, cls in (("matmul", Products), ("grouped_matmul", Products), ("attention", Attention)):
+        if name in values:
+            where = f"[device.{name}]"
+            if not isinstance(values[name], dict):
+                raise ValueError(f"device.{name} must be a table headed {where}, got {values[name]!r}")
+            parts = checked_fields(cls, values[name], where)
+            try:
+                values[name] = cls(**parts)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+    return Device(**values)

@@ -19,6 +19,8 @@ PURE = (
     "models/presets.py",
     "models/cost.py",
     "meshes/axes.py",
+    "meshes/device.py",
+    "meshes/fields.py",
     "meshes/platform.py",
     "piperjax/schedules/*.py",
     "piperjax/planner/*.py",

@@ -5,7 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from meshes.platform import Device, Link, Platform, detect_platform, known_platforms, load_platform
+from meshes.platform import (
+    Attention,
+    Device,
+    Link,
+    Platform,
+    Products,
+    detect_platform,
+    known_platforms,
+    load_platform,
+)
 
 FRONTIER = load_platform("frontier")
 
@@ -153,6 +162,80 @@ def test_a_file_of_ones_own(tmp_path):
     assert platform.name == "mine"
     assert platform.switch_devices == 8
     assert platform.links[1] == Link(name="wire", devices=8, bytes_per_second=1e8, latency_seconds=1e-5)
+
+
+RATES = """
+[device.matmul]
+efficiency = { float32 = 0.9 }
+half_rows = 64
+provenance = "published"
+[device.grouped_matmul]
+efficiency = { float32 = 0.7, bfloat16 = 0.5 }
+smallest_flop = 1e6
+largest_flop = 1e9
+[device.attention]
+forward_efficiency = { float32 = 0.5 }
+backward_efficiency = { float32 = 0.4 }
+half_seq = 256
+"""
+
+
+def test_a_file_with_rates(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD.replace(DEVICE, DEVICE + RATES))
+    platform = load_platform(str(path))
+    assert platform.device.matmul == Products(
+        efficiency={"float32": 0.9}, half_rows=64, provenance="published"
+    )
+    assert platform.device.grouped_matmul.largest_flop == 1e9
+    assert platform.device.attention == Attention(
+        forward_efficiency={"float32": 0.5}, backward_efficiency={"float32": 0.4}, half_seq=256
+    )
+    assert platform.rated("float32")
+    assert not platform.rated("bfloat16")
+    assert isinstance(hash(platform), int)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("half_rows", "half_row", "[device.matmul] has no field 'half_row', did you mean half_rows?"),
+        ("half_seq = 256", "half_seq = -1", "[device.attention]: half_seq must be a number of at least 0"),
+        ("largest_flop = 1e9", "", "[device.grouped_matmul]: the range of FLOP must have both ends"),
+        ("efficiency = { float32 = 0.9 }", "", "[device.matmul] needs the field efficiency"),
+        ("{ float32 = 0.9 }", "{ float32 = 90 }", "[device.matmul]: efficiency.float32 must be at most 1"),
+        ("[device.attention]", "[device.attend]", "[device] has no field 'attend'"),
+    ],
+)
+def test_wrong_rates_are_refused_in_one_sentence(tmp_path, old, new, sentence):
+    path = tmp_path / "mine.toml"
+    assert old in RATES
+    path.write_text(GOOD.replace(DEVICE, DEVICE + RATES.replace(old, new, 1)))
+    with pytest.raises(ValueError) as error:
+        load_platform(str(path))
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_links_know_the_range_that_was_measured():
+    link = Link(
+        name="wire",
+        devices=8,
+        bytes_per_second=1e9,
+        latency_seconds=1e-6,
+        smallest_bytes=1e3,
+        largest_bytes=1e6,
+    )
+    assert link.covers(1e4)
+    assert not link.covers(1e9)
+    assert replace(link, smallest_bytes=None, largest_bytes=None).covers(1e9)
+
+
+def test_network_interfaces_are_shared_evenly():
+    assert replace(FRONTIER, devices_per_nic=2).nics_per_node == 4
+    assert replace(FRONTIER, devices_per_nic=None).nics_per_node is None
+    with pytest.raises(ValueError, match="devices_per_nic must divide the 8 devices of a node, got 3"):
+        replace(FRONTIER, devices_per_nic=3)
 
 
 @pytest.mark.parametrize(
