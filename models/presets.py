@@ -5,7 +5,9 @@ cannot express, the docstring says what is left out.
 """
 
 import difflib
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 from models.config import (
     DenseFFN,
@@ -30,6 +32,24 @@ def preset(name: str) -> ModelConfig:
         nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         raise ValueError(f"no model named '{name}'; did you mean '{nearest}'? There are {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+def named_model(name: str) -> ModelConfig:
+    """Returns a preset, or the model described in a JSON file.
+
+    Raises:
+      ValueError: if there is no such model, or the file cannot be read.
+    """
+    if not name.endswith(".json"):
+        return preset(name)
+    try:
+        return ModelConfig.from_dict(json.loads(Path(name).read_text()))
+    except OSError as error:
+        raise ValueError(f"cannot read model file {name}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"model file {name} is not valid JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"model file {name}: {error}") from error
 
 
 def tiny() -> ModelConfig:

@@ -3,17 +3,14 @@
 import argparse
 import dataclasses
 import difflib
-import json
 import math
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from models.config import ModelConfig
-from models.presets import preset
+from models.presets import named_model
 from piperjax.planner.plan import Plan, default_plan
 from piperjax.training.config import DataConfig, LogConfig, TrainConfig
 from piperjax.training.overrides import Tree, override, parse, parse_assignments
@@ -284,24 +281,6 @@ def configuration(args: argparse.Namespace, tree: Tree) -> TrainConfig:
         if fits and plan.num_layers == config.model.num_layers
         else config
     )
-
-
-def named_model(name: str) -> ModelConfig:
-    """Returns a preset, or the model described in a JSON file.
-
-    Raises:
-      ValueError: if there is no such model, or the file cannot be read.
-    """
-    if not name.endswith(".json"):
-        return preset(name)
-    try:
-        return ModelConfig.from_dict(json.loads(Path(name).read_text()))
-    except OSError as error:
-        raise ValueError(f"cannot read model file {name}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"model file {name} is not valid JSON: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"model file {name}: {error}") from error
 
 
 def requested_sizes(args: argparse.Namespace) -> dict[str, int]:

@@ -1,10 +1,12 @@
 """Tests of models/presets.py: names, and the published totals of the paper's families."""
 
+import json
+
 import pytest
 
 from models.config import ModelConfig
 from models.cost import parameters
-from models.presets import PRESETS, preset
+from models.presets import PRESETS, named_model, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -58,3 +60,24 @@ def test_kinds():
     assert preset("tiny").kind_of_layer == ("dense", "moe", "moe", "moe")
     assert preset("deepseek_v3").kind_of_layer == ("dense",) * 3 + ("moe",) * 58
     assert preset("peers_bench").kind_of_layer == ("moe",) * 4
+
+
+def test_a_model_can_be_named_or_read_from_a_file(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(preset("tiny").to_dict()))
+    assert named_model(str(path)) == named_model("tiny") == preset("tiny")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "cannot read model file .*mine.json: No such file"),
+        ("{", "model file .*mine.json is not valid JSON"),
+        ("{}", "model file .*mine.json: model needs the field 'name'"),
+    ],
+)
+def test_a_wrong_model_file_is_one_sentence(tmp_path, text, sentence):
+    if text is not None:
+        (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        named_model(str(tmp_path / "mine.json"))
