@@ -1,13 +1,16 @@
 """Partition: which layers a stage holds."""
 
-from itertools import accumulate
+import numpy as np
+
+# Costs that differ by less are equal: sums in another order must not decide.
+_TOLERANCE = 1e-12
 
 
 def partition_layers(costs: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
     """Splits consecutive layers into stages so that the costliest stage is cheapest.
 
-    Exact, by dynamic programming over (stages, layers); among equal splits the one whose stage costs have
-    the least sum of squares is taken.
+    Exact, by dynamic programming over (stages, layers); among equal splits one whose stage costs have the least sum of
+    squares is taken.
 
     Args:
       costs: seconds, FLOP or any additive cost of each layer, in order.
@@ -25,17 +28,21 @@ def partition_layers(costs: tuple[float, ...], num_stages: int) -> tuple[int, ..
             f"a pipeline of {num_stages} stages needs at least {num_stages} layers, got {num_layers}; "
             f"use --pipe {num_layers} or fewer"
         )
-    prefix = (0.0, *accumulate(costs))
-    # best[n] = ((max cost, sum of squares), layers per stage) for the first n layers in the stages so far.
-    best = {n: ((prefix[n], prefix[n] ** 2), (n,)) for n in range(1, num_layers + 1)}
-    for stages in range(2, num_stages + 1):
-        best = {
-            n: min(_extended(best[m], prefix[n] - prefix[m], n - m) for m in range(stages - 1, n))
-            for n in range(stages, num_layers + 1)
-        }
-    return best[num_layers][1]
-
-
-def _extended(split: tuple, cost: float, layers: int) -> tuple:
-    (largest, squares), sizes = split
-    return (max(largest, cost), squares + cost**2), (*sizes, layers)
+    prefix = np.concatenate([[0.0], np.cumsum(costs)])
+    # last[m, n]: cost of a last stage that holds layers m to n; infinite where it would hold none.
+    last = np.where(np.tri(num_layers + 1, k=-1, dtype=bool).T, prefix - prefix[:, None], np.inf)
+    largest, squares = last[0], last[0] ** 2
+    begins = []
+    for _ in range(1, num_stages):
+        all_largest = np.maximum(largest[:, None], last)
+        least = all_largest.min(axis=0)
+        tied = all_largest <= least * (1 + _TOLERANCE)
+        all_squares = np.where(tied, squares[:, None] + last**2, np.inf)
+        begin = all_squares.argmin(axis=0)
+        begins.append(begin)
+        largest, squares = least, all_squares[begin, np.arange(num_layers + 1)]
+    sizes, end = [], num_layers
+    for begin in reversed(begins):
+        sizes.append(int(end - begin[end]))
+        end = begin[end]
+    return (int(end), *reversed(sizes))
