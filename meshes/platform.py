@@ -1,5 +1,6 @@
 """This file is the machine description: devices, the levels of the network between them, and how fast they are."""
 
+import re
 import tomllib
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -205,8 +206,12 @@ def load_platform(name_or_path: str) -> Platform:
 _KINDS = {
     "mi250x": "frontier",
     "mi300x": "mi300x_node",
-    "h200": "h200_node",
-    "h100": "h100_node",
+    "mi355x": "mi355x_node",
+    "h200": "h200_pod",
+    "h100": "h100_pod",
+    "b200": "b200_pod",
+    "gb200": "gb200_nvl72",
+    "gb300": "gb300_nvl72",
 }
 
 
@@ -233,9 +238,10 @@ def detect_platform(
     if backend == "cpu":
         if num_devices == devices_per_process == 8:
             return load_platform("cpu8")
-        return replace(load_platform("cpu"), devices_per_node=devices_per_process, links=())
+        return _computers(num_devices, devices_per_process)
+    words = re.split("[^a-z0-9]+", device_kind.lower())
     for word, name in _KINDS.items():
-        if word in device_kind.lower():
+        if word in words:
             return load_platform(name)
     return Platform(
         name="generic",
@@ -243,6 +249,16 @@ def detect_platform(
         device=Device(memory_bytes=memory_bytes),
         devices_per_node=devices_per_process,
     )
+
+
+def _computers(num_devices: int, devices_per_process: int) -> Platform:
+    """One computer of as many simulated devices as a process has, or several on a network."""
+    cpu = load_platform("cpu")
+    memory, network = cpu.links
+    links = [replace(memory, devices=devices_per_process)]
+    if num_devices > devices_per_process:
+        links.append(replace(network, devices=-(-num_devices // devices_per_process) * devices_per_process))
+    return replace(cpu, devices_per_node=devices_per_process, links=tuple(links))
 
 
 def _read(path: Path) -> Platform:

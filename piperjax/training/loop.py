@@ -223,7 +223,7 @@ def _prepare(
             tokens=config.tokens_per_step,
             flop=config.tokens_per_step * cost.flop_per_token(config.model, plan.seq_len).step,
             num_devices=len(devices),
-            peak_flop_per_second=platform.device.peak_flop_per_second.get(config.dtype, 0.0),
+            peak_flop_per_second=platform.device.known_peak(config.dtype) or 0.0,
         ),
         checkpoints=checkpoints,
         metrics_file=metrics_file,

@@ -106,14 +106,48 @@ def test_a_machine_without_a_network_is_one_node():
         ("gpu", "AMD Instinct MI250X/MI250", 64, 8, "frontier", 8),
         ("gpu", "AMD Instinct MI250X/MI250", 64, 1, "frontier", 8),  # one process per device
         ("gpu", "AMD Instinct MI300X", 8, 8, "mi300x_node", 8),
-        ("gpu", "NVIDIA H100 80GB HBM3", 8, 8, "h100_node", 8),
-        ("gpu", "NVIDIA H200", 8, 8, "h200_node", 8),
+        ("gpu", "NVIDIA H100 80GB HBM3", 8, 8, "h100_pod", 8),
+        ("gpu", "NVIDIA H200", 8, 8, "h200_pod", 8),
+        ("gpu", "NVIDIA B200", 8, 8, "b200_pod", 8),
+        ("gpu", "NVIDIA GB200", 8, 4, "gb200_nvl72", 64),  # not the B200 in its name
+        ("gpu", "NVIDIA GB300", 8, 4, "gb300_nvl72", 64),
+        ("gpu", "AMD Instinct MI355X", 8, 8, "mi355x_node", 8),
+        ("gpu", "NVIDIA GH200 480GB", 1, 1, "generic", 1),  # no H200
         ("gpu", "Quantum 9000", 4, 2, "generic", 2),
     ],
 )
 def test_machines_are_recognised(backend, kind, num_devices, per_process, name, per_node):
     platform = detect_platform(backend, kind, num_devices=num_devices, devices_per_process=per_process)
     assert (platform.name, platform.devices_per_node) == (name, per_node)
+
+
+def test_computers_of_simulated_devices_are_joined_by_a_network():
+    one = detect_platform("cpu", "cpu", num_devices=4, devices_per_process=4)
+    assert [(link.name, link.devices) for link in one.links] == [("memory", 4)]
+    three = detect_platform("cpu", "cpu", num_devices=12, devices_per_process=4)
+    assert [(link.name, link.devices) for link in three.links] == [("memory", 4), ("network", 12)]
+
+
+def test_the_machines_that_are_described():
+    gpus = ["b200_pod", "frontier", "gb200_nvl72", "gb300_nvl72", "h100_pod", "h200_pod", "lumi_g"]
+    assert known_platforms() == sorted([*gpus, "cpu", "cpu8", "laptop", "mi300x_node", "mi355x_node"])
+    assert {name: load_platform(name).nics_per_node for name in ("frontier", "h100_pod", "laptop")} == {
+        "frontier": 4,
+        "h100_pod": 8,
+        "laptop": None,
+    }
+
+
+@pytest.mark.parametrize("name", known_platforms())
+def test_every_machine_can_be_planned_for(name):
+    platform = load_platform(name)
+    cpu = platform.device.concurrent_devices is not None
+    assert platform.rated("bfloat16") and platform.rated("float32")
+    # No MFU where the peak is assumed.
+    assert (platform.device.known_peak("float32") is None) == cpu
+    assert (platform.device.memory_bytes is None) == (name in ("cpu", "cpu8"))
+    seconds = platform.device.product_seconds(4096, 4096, 4096, dtype="bfloat16")
+    assert 2 * 4096**3 / seconds < platform.device.peak_flop_per_second["bfloat16"]
 
 
 def test_an_unknown_accelerator_has_no_peak_and_says_so():
