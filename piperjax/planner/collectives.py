@@ -1,0 +1,387 @@
+"""This file is the cost of collectives: seconds and bytes per link level of everything that crosses the network.
+
+A mesh axis puts the members of a group at a fixed stride; the levels of the platform say which members share a
+package, a node, a switch, and so on. Costs are alpha-beta per level, in closed form: O(levels), no simulation
+(`network_simulation` checks them). Every group of the mesh runs the same collective at the same time, and the
+platform's rates are per device with all devices talking, so that groups that share a node or a network interface
+need no further correction; a level with a taper leaves that fraction to each device.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import ceil, gcd, log2, prod
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from meshes.platform import Link, Platform
+
+SELF = "self"
+ALGORITHMS = ("flat", "halo2", "halo3")
+
+
+class Group(NamedTuple):
+    """Devices that talk to each other along a mesh axis.
+
+    Attributes:
+      size: members.
+      stride: devices from one member to the next.
+      num_devices: devices of the mesh, which is cut into such groups; 0 if this group is all of it.
+    """
+
+    size: int
+    stride: int = 1
+    num_devices: int = 0
+
+
+class Sizes(Protocol):
+    """Anything with the sizes of the three axes: a `Plan`, or `AxisSizes`."""
+
+    pipe: int
+    data: int
+    expert: int
+
+
+def axis_group(sizes: Sizes, axis: str) -> Group:
+    """The group of an axis: "pipe", "data", "expert", or "batch" (data x expert). Expert is innermost.
+
+    Raises:
+      ValueError: if there is no such axis.
+    """
+    pipe, data, expert = sizes.pipe, sizes.data, sizes.expert
+    groups = {
+        "pipe": (pipe, data * expert),
+        "data": (data, expert),
+        "expert": (expert, 1),
+        "batch": (data * expert, 1),
+    }
+    if axis not in groups:
+        raise ValueError(f"a group lies along one of {', '.join(groups)}, got {axis!r}")
+    return Group(*groups[axis], num_devices=pipe * data * expert)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """What one collective costs.
+
+    Attributes:
+      seconds: from the start to the end of the slowest device; a number, or an array where bytes were one.
+      bytes_by_level: bytes that a device sends over each link by its name, on average over devices; "self" is what
+        stays on the device.
+      notes: reservations, such as bytes outside the measured range.
+    """
+
+    seconds: Any
+    bytes_by_level: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sent_bytes(self) -> Any:
+        """Bytes that leave the device."""
+        return sum(sent for level, sent in self.bytes_by_level.items() if level != SELF)
+
+
+class Layout(NamedTuple):
+    """Where the members of a group sit.
+
+    Attributes:
+      members: members within one instance of each link, innermost first; the last is the whole group.
+      local: members within one node.
+    """
+
+    members: tuple[int, ...]
+    local: int
+
+    @property
+    def size(self) -> int:
+        """Members of the group."""
+        return self.members[-1] if self.members else 1
+
+    @property
+    def peers(self) -> tuple[int, ...]:
+        """Other members that a member reaches over each link as the innermost that joins them."""
+        return tuple(n - inner for inner, n in zip((1, *self.members), self.members, strict=False))
+
+
+@lru_cache(maxsize=8192)
+def group_layout(platform: Platform, group: Group) -> Layout:
+    """Where the members of a group sit on the links of a platform.
+
+    Members within one instance of a link of n devices are the largest block of consecutive members that never
+    straddles a boundary at a multiple of n: gcd(size, n / stride), or all of them if the mesh fits. Where groups
+    straddle boundaries unevenly this is the worst case.
+
+    Raises:
+      ValueError: if the mesh is larger than the platform's outermost link.
+    """
+    size, stride, num_devices = group
+    if size < 1 or stride < 1:
+        raise ValueError(f"a group needs a positive size and stride, got {size} and {stride}")
+    num_devices = max(num_devices, size * stride)
+
+    def block(boundary: int) -> int:
+        if num_devices <= boundary:
+            return size
+        return gcd(size, boundary // stride) if boundary % stride == 0 else 1
+
+    _check_reach(platform, size, num_devices)
+    return Layout(tuple(block(link.devices) for link in platform.links), block(platform.devices_per_node))
+
+
+@lru_cache(maxsize=8192)
+def factored_layout(platform: Platform, factors: tuple[int, int, int]) -> Layout:
+    """Where the members of an expert axis sit that `Platform.expert_factors` split into (group, node, local).
+
+    Raises:
+      ValueError: if the axis is larger than the platform's outermost link.
+    """
+    group, node, local = factors
+    size = prod(factors)
+    _check_reach(platform, size, size)
+
+    def block(boundary: int) -> int:
+        if boundary <= platform.devices_per_node:
+            return gcd(local, boundary)
+        if boundary == platform.switch_devices:
+            return node * local
+        return size if group == 1 or size <= boundary else gcd(size, boundary)
+
+    return Layout(tuple(block(link.devices) for link in platform.links), local)
+
+
+def _check_reach(platform: Platform, size: int, num_devices: int) -> None:
+    if size == 1:
+        return
+    if not platform.links:
+        raise ValueError(
+            f"platform '{platform.name}' describes no links, so a group of {size} devices cannot be priced; "
+            "add [[links]] to its file, or write one with `python -m piperjax measure`"
+        )
+    reach = platform.links[-1].devices
+    if num_devices > reach:
+        raise ValueError(
+            f"platform '{platform.name}' joins at most {reach} devices, got a mesh of {num_devices}; "
+            "use fewer devices or another platform"
+        )
+
+
+# --- what levels cost ------------------------------------------------------------------------------------------
+
+
+def _wire_seconds(platform: Platform, sent: Sequence[Any]) -> Any:
+    """Seconds until the busiest resource has passed the bytes that every device sends over each level.
+
+    Links inside a node are separate wires. Beyond the node, what crosses an outer level also passes the network
+    interface and the levels within: the resource of a level carries the bytes of that level and of all outside it.
+    """
+    seconds, outward = 0.0, 0.0
+    for link, level_bytes in zip(reversed(platform.links), reversed(sent), strict=True):
+        outside = link.devices > platform.devices_per_node
+        outward = outward + level_bytes
+        carried = outward if outside else level_bytes
+        seconds = _larger(seconds, carried / (_rate(link) * link.taper_fraction))
+    return seconds
+
+
+def _rate(link: Link) -> float:
+    return link.bytes_per_second * link.efficiency
+
+
+def _larger(a: Any, b: Any) -> Any:
+    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
+
+
+def _smaller(a: Any, b: Any) -> Any:
+    return np.minimum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else min(a, b)
+
+
+def _transfer(platform: Platform, seconds: Any, sent: Sequence[Any], *, own_bytes: Any = None) -> Transfer:
+    by_level = {link.name: b for link, b in zip(platform.links, sent, strict=True) if np.any(b)}
+    notes = tuple(
+        f"{link.name}: bytes outside the measured range of {link.smallest_bytes:g} to {link.largest_bytes:g}"
+        for link in platform.links
+        if link.name in by_level and not np.all(link.covers(by_level[link.name]))
+    )
+    if own_bytes is not None:
+        by_level[SELF] = own_bytes
+    return Transfer(seconds=seconds, bytes_by_level=by_level, notes=notes)
+
+
+# --- reductions, gathers and neighbour exchange ------------------------------------------------------------------
+
+
+def all_gather(platform: Platform, group: Group, num_bytes: Any) -> Transfer:
+    """Every device ends with the full buffer of `num_bytes`, of which it holds 1 / size.
+
+    A ring through the members in order, on as many channels as a node has members, as NCCL and RCCL run it: a device
+    sends `num_bytes (n - 1) / n`, of which `num_bytes (1 / m' - 1 / m)` over a level that joins m members where the
+    level within joins m'. It waits for n - 1 hops.
+    """
+    layout = group_layout(platform, group)
+    sent = _ring_bytes(layout, num_bytes)
+    return _transfer(platform, _ring_latency(platform, layout) + _wire_seconds(platform, sent), sent)
+
+
+def reduce_scatter(platform: Platform, group: Group, num_bytes: Any) -> Transfer:
+    """Every device ends with its 1 / size of the sum of full buffers of `num_bytes`; costs what `all_gather` does."""
+    return all_gather(platform, group, num_bytes)
+
+
+def all_reduce(platform: Platform, group: Group, num_bytes: Any) -> Transfer:
+    """Every device ends with the sum of full buffers of `num_bytes`.
+
+    Moves twice the bytes of `all_gather`. Small buffers go through trees, whose depth is logarithmic in the members
+    of each level, as NCCL's double binary trees are between nodes; large ones through the ring, if it is shorter.
+    """
+    layout = group_layout(platform, group)
+    sent = [2 * part for part in _ring_bytes(layout, num_bytes)]
+    latency = 2 * min(_ring_latency(platform, layout), _tree_latency(platform, layout))
+    return _transfer(platform, latency + _wire_seconds(platform, sent), sent)
+
+
+def _ring_bytes(layout: Layout, num_bytes: Any) -> list[Any]:
+    return [
+        num_bytes * (1 / inner - 1 / n)
+        for inner, n in zip((1, *layout.members), layout.members, strict=False)
+    ]
+
+
+def _ring_latency(platform: Platform, layout: Layout) -> float:
+    hops = _ring_bytes(layout, layout.size)
+    return sum(count * link.latency_seconds for count, link in zip(hops, platform.links, strict=True))
+
+
+def _tree_latency(platform: Platform, layout: Layout) -> float:
+    inner, seconds = 1, 0.0
+    for n, link in zip(layout.members, platform.links, strict=True):
+        seconds += ceil(log2(n / inner)) * link.latency_seconds
+        inner = n
+    return seconds
+
+
+def permute(platform: Platform, group: Group, num_bytes: Any) -> Transfer:
+    """Every device sends `num_bytes` to the next member of its group; the pair that is furthest apart decides.
+
+    Of the devices inside an instance of the level within, `stride` send over the furthest level, so that a tapered
+    level is a limit only where these are enough to fill it.
+    """
+    if group.size == 1:
+        return Transfer(seconds=0.0 * num_bytes)
+    layout = group_layout(platform, group)
+    level = next(i for i, n in enumerate(layout.members) if n == group.size)
+    link = platform.links[level]
+    inner = platform.links[level - 1].devices if level else 1
+    share = min(1.0, group.stride / inner)
+    rates = [min(_rate(link), _rate(link) * link.taper_fraction / share)]
+    rates += [_rate(way) for way in platform.links[:level] if way.devices > platform.devices_per_node]
+    seconds = link.latency_seconds + num_bytes / min(rates)
+    sent = [num_bytes if i == level else 0.0 for i in range(len(platform.links))]
+    return _transfer(platform, seconds, sent)
+
+
+# --- all-to-all ------------------------------------------------------------------------------------------------
+
+
+def all_to_all(
+    platform: Platform,
+    group_or_factors: Group | tuple[int, int, int],
+    num_bytes: Any,
+    *,
+    algorithm: str = "flat",
+) -> Transfer:
+    """Every device sends `num_bytes` in equal parts to all members, itself included.
+
+    flat: one message to every other member. halo2 and halo3 are those of `halo`, with every row sent for itself.
+
+    Raises:
+      ValueError: if there is no such algorithm.
+    """
+    layout = _layout(platform, group_or_factors)
+    check_algorithm(algorithm)
+    part = num_bytes / layout.size
+    if algorithm == "flat":
+        seconds, sent = _messages(platform, layout.peers, part)
+        return _transfer(platform, seconds, sent, own_bytes=part)
+    far = part * (layout.size - layout.local)
+    return halo(
+        platform, group_or_factors, near_bytes=part * layout.local, far_bytes=far, spread_bytes=far,
+        striped=algorithm == "halo3",
+    )  # fmt: skip
+
+
+def check_algorithm(algorithm: str) -> None:
+    """Raises ValueError if there is no such algorithm."""
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"an all-to-all is one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+
+
+def halo(
+    platform: Platform,
+    group_or_factors: Group | tuple[int, int, int],
+    *,
+    near_bytes: Any,
+    far_bytes: Any,
+    spread_bytes: Any,
+    striped: bool = False,
+) -> Transfer:
+    """The hierarchical all-to-all, in phases (Piper, section on HALO).
+
+    Phase I exchanges inside the node what stays there (`near_bytes`, own part included), beside phase II, which sends
+    `far_bytes` to other nodes, one message to the device of the same local index in each; then phase III spreads
+    inside the destination node the `spread_bytes` that a device received. Without de-duplication these are the bytes
+    that arrived, else more.
+
+    Striped, phase I also moves what leaves to a leader for each pair of nodes, local index (n + m) mod local; a device
+    then sends 1 / local as many messages, local times as large.
+    """
+    layout = _layout(platform, group_or_factors)
+    local, num_nodes = layout.local, layout.size // layout.local
+    within = tuple(max(0, min(n, local) - min(inner, local)) for inner, n in _pairs(layout))
+    beyond = tuple(max(0, n - max(inner, local)) // local for inner, n in _pairs(layout))
+    if num_nodes == 1:
+        seconds, sent = _messages(platform, within, near_bytes / local)
+        return _transfer(platform, seconds, sent, own_bytes=near_bytes / local)
+    per_node = far_bytes / (num_nodes - 1)
+    spread, sent_last = _messages(platform, within, spread_bytes / local)
+    if striped and local > 1:
+        gathered, sent_first = _messages(platform, within, (near_bytes + far_bytes) / local)
+        rounds = ceil((num_nodes - 1) / local)
+        fewer = tuple(count * rounds / (num_nodes - 1) for count in beyond)
+        crossed, sent_far = _messages(platform, fewer, per_node * local)
+        # With fewer pairs of nodes than leaders some leaders have nothing to send; bytes are counted on average.
+        sent_far = [count * per_node for count in beyond]
+        seconds = gathered + crossed + spread
+    else:
+        beside, sent_first = _messages(platform, within, near_bytes / local)
+        crossed, sent_far = _messages(platform, beyond, per_node)
+        seconds = _larger(beside, crossed) + spread
+    sent = [sum(parts) for parts in zip(sent_first, sent_far, sent_last, strict=True)]
+    return _transfer(platform, seconds, sent, own_bytes=near_bytes / local)
+
+
+def _layout(platform: Platform, group_or_factors: Group | tuple[int, int, int]) -> Layout:
+    if isinstance(group_or_factors, Group):
+        return group_layout(platform, group_or_factors)
+    return factored_layout(platform, tuple(group_or_factors))
+
+
+def _pairs(layout: Layout) -> list[tuple[int, int]]:
+    return list(zip((1, *layout.members), layout.members, strict=False))
+
+
+def _messages(platform: Platform, peers: Sequence[float], part_bytes: Any) -> tuple[Any, list[Any]]:
+    """Seconds and bytes by level of sending one message of `part_bytes` to each of the peers at every level.
+
+    A device posts one message after the other, while those already posted are on the wire: k equal messages of which
+    posting takes a and the wire b seconds end after k max(a, b) + min(a, b). The first is paid by the latency.
+    """
+    sent = [count * part_bytes for count in peers]
+    used = [(count, link) for count, link in zip(peers, platform.links, strict=True) if count]
+    if not used:
+        return 0.0 * part_bytes, sent
+    furthest = used[-1][1]
+    posting = sum(count * link.message_seconds for count, link in used) - furthest.message_seconds
+    wire = _wire_seconds(platform, sent)
+    last = _smaller(posting, wire) / sum(count for count, _ in used)
+    return furthest.latency_seconds + _larger(posting, wire) + last, sent
