@@ -69,7 +69,7 @@ class Transfer:
       seconds: from the start to the end of the slowest device; a number, or an array where bytes were one.
       bytes_by_level: bytes that a device sends over each link by its name, on average over devices; "self" is what
         stays on the device.
-      notes: reservations, such as bytes outside the measured range.
+      notes: reservations, such as bytes outside the range that was measured on a link.
     """
 
     seconds: Any
@@ -142,7 +142,7 @@ def factored_layout(platform: Platform, factors: tuple[int, int, int]) -> Layout
 
     def block(boundary: int) -> int:
         if boundary <= platform.devices_per_node:
-            return gcd(local, boundary)
+            return local if boundary == platform.devices_per_node else gcd(local, boundary)
         if boundary == platform.switch_devices:
             return node * local
         return size if group == 1 or size <= boundary else gcd(size, boundary)
@@ -199,7 +199,7 @@ def _smaller(a: Any, b: Any) -> Any:
 def _transfer(platform: Platform, seconds: Any, sent: Sequence[Any], *, own_bytes: Any = None) -> Transfer:
     by_level = {link.name: b for link, b in zip(platform.links, sent, strict=True) if np.any(b)}
     notes = tuple(
-        f"{link.name}: bytes outside the measured range of {link.smallest_bytes:g} to {link.largest_bytes:g}"
+        f"link '{link.name}': sizes outside those that were measured, so its time is extrapolated"
         for link in platform.links
         if link.name in by_level and not np.all(link.covers(by_level[link.name]))
     )
