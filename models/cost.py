@@ -214,7 +214,7 @@ def layer_flop(config: ModelConfig, layer: LayerConfig, seq_len: int) -> LayerFl
     """Counts the forward FLOP of one layer per token, on average over a sequence of `seq_len` positions."""
     D, ffn = config.d_model, layer.ffn
     projections = 2 * _projections(D, layer.attention)
-    query_width, value_width = _head_widths(layer.attention)
+    query_width, value_width = head_widths(layer.attention)
     scores = seq_len * layer.attention.num_heads * (query_width + value_width)
     if isinstance(ffn, DenseFFN):
         dense = 2 * _matrices(D, ffn.d_ff, ffn.num_matrices)
@@ -290,7 +290,7 @@ def _shared_matrices(d_model: int, ffn: MoEFFN) -> int:
 
 def _projections(d_model: int, attention: GroupedQueryAttention | LatentAttention) -> int:
     """Returns the weights of the query, key, value and output projections, or of their low-rank factors."""
-    query_width, value_width = _head_widths(attention)
+    query_width, value_width = head_widths(attention)
     N = attention.num_heads
     if isinstance(attention, GroupedQueryAttention):
         return d_model * attention.head_dim * 2 * (N + attention.num_kv_heads)
@@ -311,7 +311,7 @@ def _small_attention_parameters(d_model: int, attention: GroupedQueryAttention |
     return norms + biases
 
 
-def _head_widths(attention: GroupedQueryAttention | LatentAttention) -> tuple[int, int]:
+def head_widths(attention: GroupedQueryAttention | LatentAttention) -> tuple[int, int]:
     """Returns the features of one query head and of one value head."""
     if isinstance(attention, GroupedQueryAttention):
         return attention.head_dim, attention.head_dim
@@ -320,7 +320,7 @@ def _head_widths(attention: GroupedQueryAttention | LatentAttention) -> tuple[in
 
 def _attention_elements(attention: GroupedQueryAttention | LatentAttention) -> int:
     """Returns the elements kept per token: query, key, value, output; with latents also these."""
-    query_width, value_width = _head_widths(attention)
+    query_width, value_width = head_widths(attention)
     N = attention.num_heads
     if isinstance(attention, GroupedQueryAttention):
         return (N + attention.num_kv_heads) * (query_width + value_width)

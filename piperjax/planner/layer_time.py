@@ -1,0 +1,260 @@
+"""This file is the seconds of one layer on one device: its work priced by shape, recomputation, and its exchanges.
+
+Backward computes two products for every product of forward, and before them what the memory mode did not keep
+(`runtime/passes.py`). A layer with experts exchanges rows with the devices that share them: 2 all-to-alls forward, and
+backward 2, or 4 where it repeats those of forward, or 6 where whole stages are run again.
+"""
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from math import ceil
+
+from meshes.platform import Device, Platform
+from models.config import LayerConfig, ModelConfig, MoEFFN
+from piperjax.planner.network import Group, Rows, all_gather, dispatch_transfer
+from piperjax.planner.work import FLOAT32_BYTES, LayerWork, Product, layer_work
+
+# Bytes per element that are read and written to bring an operand into 8 bits: from 16, for two layouts.
+CAST_BYTES = 2 + 1 + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSeconds:
+    """Seconds of one layer, one microbatch, on one device; those of several layers add up.
+
+    Attributes:
+      forward: computation of F.
+      backward: computation of B, recomputation included.
+      input_gradient: of I, recomputation included.
+      weight_gradient: of W.
+      exchange_forward: all-to-alls inside F.
+      exchange_backward: all-to-alls inside B, or inside I.
+      dense, experts, attention, streams: F and B by what they compute, `forward + backward` in all.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    input_gradient: float = 0.0
+    weight_gradient: float = 0.0
+    exchange_forward: float = 0.0
+    exchange_backward: float = 0.0
+    dense: float = 0.0
+    experts: float = 0.0
+    attention: float = 0.0
+    streams: float = 0.0
+
+    def __add__(self, other: "LayerSeconds") -> "LayerSeconds":
+        return LayerSeconds(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+
+def layer_seconds(model: ModelConfig, layer: LayerConfig, platform: Platform, **parameters) -> LayerSeconds:
+    """Prices one layer; the parameters are those of `price_layer`, and results are remembered."""
+    return price_layer(model.d_model, layer, platform, **parameters)
+
+
+@lru_cache(maxsize=65536)
+def price_layer(
+    d_model: int,
+    layer: LayerConfig,
+    platform: Platform,
+    *,
+    tokens: float,
+    seq_len: int,
+    expert_factors: tuple[int, int, int] = (1, 1, 1),
+    dtype: str = "bfloat16",
+    memory_mode: str = "layer",
+    dispatcher: str = "flat",
+    rows: Rows = "static",
+    imbalance: float = 1.0,
+    capacity_factor: float = 0.0,
+    tensor: int = 1,
+    node_limit: int | None = None,
+) -> LayerSeconds:
+    """Seconds of one layer on one device.
+
+    Args:
+      d_model: D.
+      layer: the layer.
+      platform: the machine.
+      tokens: tokens of one microbatch that live on the device.
+      seq_len: tokens of a sequence.
+      expert_factors: the expert axis as (group, node, local).
+      dtype: of the operands of products with weights. Below 16 bits, everything else stays in bfloat16.
+      memory_mode: what forward keeps, as in a plan.
+      dispatcher: a name in `network.DISPATCHERS`.
+      rows: "static" buffers that hold the worst case, as our executor has, or "exact".
+      imbalance: rows of the busiest device over the mean.
+      capacity_factor: rows per destination over the balanced number; 0 drops nothing.
+      tensor: devices that share heads and dense features, and each other's tokens.
+      node_limit: nodes that routing allows a token.
+
+    Raises:
+      ValueError: if the platform does not say how fast something is.
+    """
+    device, ffn = platform.device, layer.ffn
+    group, node, local = expert_factors
+    expert = group * node * local
+    is_small = dtype.startswith("float8")
+    base = "bfloat16" if is_small else dtype
+    itemsize = {"float64": 8, "float32": FLOAT32_BYTES}.get(base, 2)
+    buffer_rows = None
+    if isinstance(ffn, MoEFFN) and rows == "static":
+        buffer_rows = _static_rows(ffn, tokens, expert, capacity_factor)
+    work = layer_work(
+        d_model,
+        layer,
+        tokens=tokens,
+        seq_len=seq_len,
+        expert=expert,
+        tensor=tensor,
+        imbalance=imbalance,
+        buffer_rows=buffer_rows,
+        itemsize=itemsize,
+    )
+    compute = _Pricing(device, work, dtype, base, seq_len).seconds(memory_mode)
+    row_bytes = d_model * itemsize
+    forward = backward = 0.0
+    if isinstance(ffn, MoEFFN) and expert > 1:
+        one_way = dispatch_transfer(
+            platform,
+            expert_factors=expert_factors,
+            tokens=tokens,
+            row_bytes=row_bytes,
+            num_experts=ffn.num_experts,
+            experts_per_token=ffn.experts_per_token,
+            dispatcher=dispatcher,
+            rows=rows,
+            imbalance=imbalance,
+            capacity_factor=capacity_factor,
+            node_limit=node_limit,
+        ).seconds
+        forward, backward = 2 * one_way, (2 + 2 * _repeats(memory_mode)) * one_way
+    if tensor > 1:
+        # Tokens are gathered before the heads and summed after them; backward the reverse, and a gather for gradients
+        # of weights (Korthikanti et al., arXiv:2205.05198, section 4.2.2).
+        one_way = all_gather(platform, Group(tensor), tokens * tensor * row_bytes).seconds
+        parts = 1 + (not isinstance(ffn, MoEFFN) or bool(ffn.shared_d_ff or ffn.dense_residual_d_ff))
+        forward, backward = forward + 2 * parts * one_way, backward + 3 * parts * one_way
+    return LayerSeconds(**compute, exchange_forward=forward, exchange_backward=backward)
+
+
+def _static_rows(ffn: MoEFFN, tokens: float, expert: int, capacity_factor: float) -> float:
+    """Rows of the buffers in which a device receives rows for its experts."""
+    k = ffn.experts_per_token
+    if expert == 1:
+        return tokens * k
+    most = tokens * min(k, ffn.num_experts // expert)
+    return expert * (min(most, ceil(capacity_factor * tokens * k / expert)) if capacity_factor else most)
+
+
+def _repeats(memory_mode: str) -> int:
+    """How often backward repeats the all-to-alls of forward."""
+    return {"stage": 2, "layer": 1}.get(memory_mode, 0)
+
+
+@dataclass(frozen=True)
+class _Pricing:
+    """The work of a layer on a device, for products in `dtype` and everything else in `base`."""
+
+    device: Device
+    work: LayerWork
+    dtype: str
+    base: str
+    seq_len: int
+
+    def seconds(self, memory_mode: str) -> dict[str, float]:
+        """Fields of `LayerSeconds` without exchanges."""
+        forward = self._forward(lambda _: True, attention=1.0, streams=lambda _: True)
+        again = self._recomputed(memory_mode)
+        products = self.work.products
+        inputs = self._by_kind(products, self._input_gradient)
+        weights = self._by_kind(products, self._weight_gradient)
+        inputs["attention"] = self._attention(backward=True)
+        inputs["streams"] = sum(self._stream(s.backward_bytes, s.launches) for s in self.work.streams)
+        if self.dtype != self.base:
+            inputs["streams"] += sum(
+                self._stream(CAST_BYTES * p.rows * max(p.groups, 1) * p.columns, 1)
+                for p in products
+                if not p.is_wide
+            )
+        for p in products:  # Gradients are added up in float32.
+            weights["streams"] += self._stream(2 * FLOAT32_BYTES * p.weights, 0)
+        total = {kind: forward[kind] + again[kind] + inputs[kind] + weights[kind] for kind in forward}
+        input_gradient = sum(again.values()) + sum(inputs.values())
+        weight_gradient = sum(weights.values())
+        return {
+            "forward": sum(forward.values()),
+            "backward": input_gradient + weight_gradient,
+            "input_gradient": input_gradient,
+            "weight_gradient": weight_gradient,
+            **total,
+        }
+
+    def _recomputed(self, memory_mode: str) -> dict[str, float]:
+        everything, nothing = (lambda _: True), (lambda _: False)
+        needed = {
+            "stage": (lambda p: not p.is_last, 1.0, everything),
+            "layer": (lambda p: not p.is_last, 1.0, everything),
+            # Rows are kept as experts receive and as they return them.
+            "named": (lambda p: not p.is_last and p.name != "experts down", 1.0, lambda s: not s.is_sent),
+            "products": (nothing, 1.0, everything),
+            "stash": (nothing, 0.0, nothing),
+        }[memory_mode]
+        again = self._forward(needed[0], attention=needed[1], streams=needed[2])
+        if memory_mode == "stage":
+            first = self._forward(everything, attention=1.0, streams=everything)
+            again = {kind: seconds + first[kind] for kind, seconds in again.items()}
+        return again
+
+    def _forward(self, is_needed, *, attention: float, streams) -> dict[str, float]:
+        products = [p for p in self.work.products if is_needed(p)]
+        seconds = self._by_kind(products, self._product)
+        seconds["attention"] = attention * self._attention()
+        seconds["streams"] = sum(
+            self._stream(s.forward_bytes, s.launches) for s in self.work.streams if streams(s)
+        )
+        if self.dtype != self.base:
+            seconds["streams"] += sum(
+                self._stream(CAST_BYTES * p.rows * max(p.groups, 1) * p.depth, 1)
+                for p in products
+                if not p.is_wide
+            )
+        return seconds
+
+    @staticmethod
+    def _by_kind(products, price) -> dict[str, float]:
+        seconds = {"dense": 0.0, "experts": 0.0, "attention": 0.0, "streams": 0.0}
+        for product in products:
+            seconds["experts" if product.groups else "dense"] += price(product)
+        return seconds
+
+    def _product(self, p: Product) -> float:
+        return self._multiply(p, p.rows, p.columns, p.depth)
+
+    def _input_gradient(self, p: Product) -> float:
+        return self._multiply(p, p.rows, p.depth, p.columns)
+
+    def _weight_gradient(self, p: Product) -> float:
+        return self._multiply(p, p.depth, p.columns, p.rows)
+
+    def _multiply(self, p: Product, m: float, n: float, k: float) -> float:
+        dtype = self.dtype
+        if p.is_wide:
+            table = self.device.matmul
+            dtype = "float32" if table and "float32" in table.efficiency else self.base
+        return self.device.product_seconds(
+            m, n, k, dtype=dtype, grouped=p.groups > 0, groups=max(p.groups, 1)
+        )
+
+    def _attention(self, *, backward: bool = False) -> float:
+        return self.device.attention_seconds(
+            self.work.attention_flop * (2 if backward else 1),
+            seq_len=self.seq_len,
+            head_dim=self.work.head_dim,
+            dtype=self.base,
+            backward=backward,
+        )
+
+    def _stream(self, num_bytes: float, launches: int) -> float:
+        extra = (launches - 1) * self.device.launch_seconds
+        return self.device.stream_seconds(num_bytes) + extra

@@ -1,0 +1,373 @@
+"""This file is the time model: seconds of every action of a plan, of a whole step, and where they go.
+
+Layers are priced by `layer_time`, exchanges by `network`, and the schedule's own table is timed in lockstep, as the
+executor runs it, or asynchronously, as the literature does. Embedding, head, gradient reduction and optimizer are
+priced as the executor runs them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil
+
+from meshes.platform import Platform
+from models import cost
+from models.config import ModelConfig, MoEFFN
+from piperjax.planner.layer_time import LayerSeconds, layer_seconds
+from piperjax.planner.network import (
+    Group,
+    Rows,
+    all_gather,
+    all_reduce,
+    axis_group,
+    dispatch_transfer,
+    permute,
+    reduce_scatter,
+)
+from piperjax.planner.plan import Plan
+from piperjax.planner.work import FLOAT32_BYTES
+from piperjax.schedules.timeline import ActionCosts, Timeline, lockstep, simulate
+
+# Part of an all-to-all that is hidden when a plan lets the forward and the backward of a tick run side by side. The
+# program makes it possible (benchmarks/overlap.py); how much of it a GPU hides is not measured yet.
+HIDDEN_FRACTION = 0.7
+# How far off a prediction may be that rests on numbers of each provenance, as a fraction.
+UNCERTAINTY = {"measured": 0.07, "published": 0.18, "vendor": 0.25, "assumed": 0.5}
+# Added where a shape or message lies outside the range that was measured.
+UNCERTAINTY_OUTSIDE_RANGE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeEstimate:
+    """How long a step takes, and why.
+
+    Attributes:
+      step_seconds: one step.
+      parts: seconds by what they are spent on, on the pipe rank with most work; they add up to the step. "compute"
+        (recomputation included), "exposed_all_to_all", "head" (with the embedding), "pipeline_transfer", "bubble"
+        (idle, or waiting for a slower rank), "gradient_reduction" (with the gathering of parameters), "optimizer".
+      mfu: useful FLOP over what the peak allows in that time, 0 to 1; None where the platform has no peak.
+      flop_per_second: useful FLOP per second and device; recomputation is not useful.
+      tokens_per_second: of all devices.
+      uncertainty_fraction: how far off `step_seconds` may be, from where the platform's numbers come from.
+      notes: reservations.
+    """
+
+    step_seconds: float
+    parts: Mapping[str, float]
+    mfu: float | None
+    flop_per_second: float
+    tokens_per_second: float
+    uncertainty_fraction: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bubble_fraction(self) -> float:
+        """Part of the step in which the busiest rank waits for others."""
+        return self.parts["bubble"] / self.step_seconds
+
+    @property
+    def all_to_all_fraction(self) -> float:
+        """Part of the step in which expert exchanges are exposed."""
+        return self.parts["exposed_all_to_all"] / self.step_seconds
+
+
+def stage_seconds(
+    model: ModelConfig,
+    plan: Plan,
+    platform: Platform,
+    *,
+    dtype: str = "bfloat16",
+    imbalance: float = 1.0,
+    rows: Rows = "static",
+) -> tuple[LayerSeconds, ...]:
+    """Seconds of the layers of every stage, of one microbatch on one device."""
+    tokens = tokens_per_device(plan)
+    by_kind = {
+        kind: layer_seconds(
+            model,
+            layer,
+            platform,
+            tokens=tokens,
+            seq_len=plan.seq_len,
+            expert_factors=plan.expert_factors,
+            dtype=dtype,
+            memory_mode=plan.memory_mode,
+            dispatcher=plan.dispatch,
+            rows=rows,
+            imbalance=imbalance,
+            capacity_factor=plan.capacity_factor,
+        )
+        for kind, layer in model.kinds.items()
+    }
+    kinds = iter(model.kind_of_layer)
+    stages = [sum((by_kind[next(kinds)] for _ in range(n)), LayerSeconds()) for n in plan.layers_per_stage]
+    for _ in range(model.prediction_layers):
+        stages[-1] += by_kind[model.kind_of_layer[-1]]
+    return tuple(stages)
+
+
+def tokens_per_device(plan: Plan) -> int:
+    """Tokens of one microbatch that live on one device."""
+    return plan.microbatch_size // (plan.data * plan.expert) * plan.seq_len
+
+
+def action_costs(
+    model: ModelConfig,
+    plan: Plan,
+    platform: Platform,
+    *,
+    dtype: str = "bfloat16",
+    imbalance: float = 1.0,
+    rows: Rows = "static",
+) -> ActionCosts:
+    """Seconds of every action by stage, for the clocks of `schedules.timeline`."""
+    stages = stage_seconds(model, plan, platform, dtype=dtype, imbalance=imbalance, rows=rows)
+    activation_bytes = tokens_per_device(plan) * model.d_model * _itemsize(dtype)
+    # A tick sends an activation on and a gradient back, one after the other.
+    transfer = 2 * permute(platform, axis_group(plan, "pipe"), activation_bytes).seconds
+    return ActionCosts(
+        forward=tuple(s.forward for s in stages),
+        backward=tuple(s.backward for s in stages),
+        input_gradient=tuple(s.input_gradient for s in stages),
+        weight_gradient=tuple(s.weight_gradient for s in stages),
+        exposed_forward=tuple(s.exchange_forward for s in stages),
+        exposed_backward=tuple(s.exchange_backward for s in stages),
+        transfer=transfer,
+        overlap=_hidden(stages, platform) if plan.overlap else 0.0,
+        **_vocabulary_seconds(model, plan, platform, dtype),
+    )
+
+
+def _hidden(stages: tuple[LayerSeconds, ...], platform: Platform) -> float:
+    """Seconds that a forward and a backward side by side save, on the stage that saves least."""
+    if platform.device.concurrent_devices is not None:
+        return 0.0  # Simulated devices exchange by copying: there is nothing to hide.
+    return HIDDEN_FRACTION * min(
+        min(s.exchange_forward, s.backward) + min(s.exchange_backward, s.forward) for s in stages
+    )
+
+
+def _itemsize(dtype: str) -> int:
+    return {"float64": 8, "float32": FLOAT32_BYTES}.get(dtype, 2)
+
+
+def _vocabulary_seconds(model: ModelConfig, plan: Plan, platform: Platform, dtype: str) -> dict[str, float]:
+    """Embedding, head with loss, and gradient of the embedding of one microbatch (`runtime/vocabulary.py`)."""
+    device, tokens, D = platform.device, tokens_per_device(plan), model.d_model
+    base = "bfloat16" if dtype.startswith("float8") else dtype
+    itemsize, split = _itemsize(base), plan.vocabulary == "split" and plan.pipe > 1
+    vocabulary = ceil(model.vocab_size / plan.pipe) if split else model.vocab_size
+    hidden_bytes = tokens * D * itemsize
+    exchange = 0.0
+    if split:
+        exchange = all_reduce(platform, axis_group(plan, "pipe"), hidden_bytes).seconds
+    logits = tokens * vocabulary * FLOAT32_BYTES
+    head = (
+        device.product_seconds(tokens, vocabulary, D, dtype=base)
+        + device.product_seconds(tokens, D, vocabulary, dtype=base)
+        + device.product_seconds(vocabulary, D, tokens, dtype=base)
+        # Logits are written, read for their maximum, read and written as exponentials, read for the gradient.
+        + device.stream_seconds(5.5 * logits)
+        + device.stream_seconds(2 * FLOAT32_BYTES * vocabulary * D)
+        + device.stream_seconds(8 * hidden_bytes)
+        + 3 * exchange
+    )
+    rows = 2 * hidden_bytes
+    gradient = 4 * tokens * D * FLOAT32_BYTES
+    return {
+        "embedding": device.stream_seconds(rows) + exchange,
+        "head": head * (1 + model.prediction_layers) + _join_seconds(model, platform, tokens, base),
+        "embedding_gradient": device.stream_seconds(gradient) + exchange,
+    }
+
+
+def _join_seconds(model: ModelConfig, platform: Platform, tokens: int, dtype: str) -> float:
+    """Forward and backward of the products that join the stream with an embedding before a prediction layer."""
+    D = model.d_model
+    return 3 * model.prediction_layers * platform.device.product_seconds(tokens, D, 2 * D, dtype=dtype)
+
+
+def step_end_seconds(
+    model: ModelConfig, plan: Plan, platform: Platform, *, dtype: str = "bfloat16"
+) -> tuple[float, float]:
+    """Seconds once per step: exchange of gradients and parameters, and the optimizer, on the rank with most of them.
+
+    Gradients are reduce-scattered in float32, the optimizer works on a device's share (ZeRO-1), and parameters are
+    gathered in the compute dtype: of experts along data, of everything else along data and expert.
+    """
+    counted, device = cost.parameters(model), platform.device
+    batch, data = axis_group(plan, "batch"), axis_group(plan, "data")
+    outer = (counted.embedding + counted.head) / plan.pipe
+    dense, experts = [], []
+    for held in _layers_by_rank(plan):
+        layers = [counted.layers[index] for index in held]
+        dense.append(outer + sum(layer.total - layer.experts for layer in layers))
+        experts.append(sum(layer.experts for layer in layers) / plan.expert)
+    exchange = optimizer = 0.0
+    for own, shared in set(zip(dense, experts, strict=True)):
+        seconds = _reduced(platform, batch, own, dtype) + _reduced(platform, data, shared, dtype)
+        exchange = max(exchange, seconds)
+        share = own / batch.size + shared / data.size
+        # Read: gradient, master, two moments; written: the last three. Before it accumulators are zeroed, and the
+        # compute copy is cast.
+        num_bytes = 7 * FLOAT32_BYTES * share + (FLOAT32_BYTES + _itemsize(dtype)) * (own + shared)
+        optimizer = max(optimizer, device.stream_seconds(num_bytes))
+    return exchange, optimizer
+
+
+def _layers_by_rank(plan: Plan) -> list[list[int]]:
+    """Numbers of the layers that each pipe rank holds."""
+    schedule = plan.build_schedule()
+    first, held = 0, [[] for _ in range(plan.pipe)]
+    for stage, count in enumerate(plan.layers_per_stage):
+        held[schedule.rank_of_stage[stage]] += range(first, first + count)
+        first += count
+    return held
+
+
+def _reduced(platform: Platform, group: Group, parameters: float, dtype: str) -> float:
+    if group.size == 1 or not parameters:
+        return 0.0
+    gradients = reduce_scatter(platform, group, parameters * FLOAT32_BYTES).seconds
+    return gradients + all_gather(platform, group, parameters * _itemsize(dtype)).seconds
+
+
+def estimate_time(
+    model: ModelConfig,
+    plan: Plan,
+    platform: Platform,
+    *,
+    dtype: str = "bfloat16",
+    imbalance: float = 1.0,
+    clock: str = "lockstep",
+    rows: Rows = "static",
+) -> TimeEstimate:
+    """Times one step of a plan with its own schedule table.
+
+    Args:
+      model: the model.
+      plan: its plan.
+      platform: the machine.
+      dtype: of the operands of products.
+      imbalance: rows of the device with the busiest experts over the mean.
+      clock: "lockstep" as the executor runs it, "async" where ranks only wait for what they need.
+      rows: whether dispatch sends its "static" buffers, as the executor does, or "exact" rows.
+
+    Raises:
+      ValueError: if the platform does not say how fast something is, or the clock is unknown.
+    """
+    costs = action_costs(model, plan, platform, dtype=dtype, imbalance=imbalance, rows=rows)
+    if clock == "lockstep":
+        table = plan.tick_table()
+        timeline = lockstep(table, costs)
+        transfers = len(table.ticks) * costs.transfer * (plan.pipe > 1)
+        waiting = _shared_cores(plan, platform, costs)
+    elif clock == "async":
+        costs = replace(costs, transfer=costs.transfer / 2)
+        timeline = simulate(plan.build_schedule(), costs)
+        transfers = waiting = 0.0
+    else:
+        raise ValueError(f"the clock of an estimate is lockstep or async, got {clock!r}")
+    parts = _busiest_rank(timeline, costs, clock) | {"pipeline_transfer": transfers}
+    parts["bubble"] = max(0.0, timeline.step_seconds - sum(parts.values())) + waiting
+    reduction, optimizer = step_end_seconds(model, plan, platform, dtype=dtype)
+    parts |= {"gradient_reduction": reduction, "optimizer": optimizer}
+    step = sum(parts.values())
+    notes = _notes(model, plan, platform, imbalance, rows)
+    useful = cost.flop_per_token(model, plan.seq_len).step * plan.batch_size * plan.seq_len
+    rate = useful / (step * plan.num_devices)
+    peak = platform.device.known_peak(dtype)
+    return TimeEstimate(
+        step_seconds=step,
+        parts=parts,
+        mfu=rate / peak if peak else None,
+        flop_per_second=rate,
+        tokens_per_second=plan.batch_size * plan.seq_len / step,
+        uncertainty_fraction=uncertainty(platform, parts) + UNCERTAINTY_OUTSIDE_RANGE * bool(notes),
+        notes=notes,
+    )
+
+
+def _busiest_rank(timeline: Timeline, costs: ActionCosts, clock: str) -> dict[str, float]:
+    """Computation, exposed exchanges and head of the rank with most of them, without waiting."""
+    schedule = timeline.schedule
+    busy, actions = max(zip(timeline.busy_seconds, schedule.ranks, strict=True), key=lambda pair: pair[0])
+    alone = sum(costs.seconds(action) for action in actions)
+    exposed = sum(
+        (costs.exposed_forward if a.kind == "F" else costs.exposed_backward)[a.stage]
+        for a in actions
+        if a.kind != "W"
+    )
+    if clock == "lockstep":  # All ranks work on embedding and head, as nobody's action.
+        head = schedule.num_microbatches * (costs.embedding + costs.head + costs.embedding_gradient)
+        hidden = alone - busy
+    else:
+        head = sum(costs.edge_seconds(action, schedule.num_stages) for action in actions)
+        hidden = alone + head - busy
+    return {"compute": alone - exposed, "exposed_all_to_all": exposed - hidden, "head": head}
+
+
+def _shared_cores(plan: Plan, platform: Platform, costs: ActionCosts) -> float:
+    """Seconds that lockstep ticks last longer because simulated devices share the cores of a host.
+
+    Idle ranks leave their share to the others, so that only ticks with much work in all are longer.
+    """
+    device = platform.device
+    if device.concurrent_devices is None:
+        return 0.0
+    beside, extra = plan.data * plan.expert, 0.0
+    for row in plan.tick_table().ticks:
+        work = [sum(costs.seconds(action) for action in actions) for actions in row]
+        extra += float(device.together_seconds(max(work), beside * sum(work))) - max(work)
+    # All ranks work on embedding and head together, with a share of the vocabulary each or with all of it on one.
+    outer = costs.embedding + costs.head + costs.embedding_gradient
+    everybody = plan.pipe if plan.vocabulary == "split" else 1
+    together = float(device.together_seconds(outer, beside * everybody * outer))
+    return extra + plan.num_microbatches * (together - outer)
+
+
+def uncertainty(platform: Platform, parts: Mapping[str, float]) -> float:
+    """How far off a step may be: the parts' uncertainties by provenance, weighted with their seconds.
+
+    Errors of one table all point the same way, so they add up instead of averaging out.
+    """
+    device = platform.device
+    rates = [table.provenance for table in (device.matmul, device.grouped_matmul, device.attention) if table]
+    compute = max((UNCERTAINTY[p] for p in rates), default=UNCERTAINTY[device.provenance])
+    network = max((UNCERTAINTY[link.provenance] for link in platform.links), default=0.0)
+    by_part = {
+        "exposed_all_to_all": network,
+        "pipeline_transfer": network,
+        "gradient_reduction": network,
+        "optimizer": UNCERTAINTY[device.provenance],
+    }
+    total = sum(parts.values())
+    return sum(seconds * by_part.get(part, compute) for part, seconds in parts.items()) / total
+
+
+def _notes(
+    model: ModelConfig, plan: Plan, platform: Platform, imbalance: float, rows: Rows
+) -> tuple[str, ...]:
+    """What lies outside the measured range."""
+    notes: list[str] = []
+    attention, tokens = platform.device.attention, tokens_per_device(plan)
+    if attention and not attention.covers(plan.seq_len):
+        notes.append(
+            f"attention: sequences of {plan.seq_len} outside the measured range of {attention.smallest_seq:g} to "
+            f"{attention.largest_seq:g}"
+        )
+    moe = next((layer.ffn for layer in model.layers if isinstance(layer.ffn, MoEFFN)), None)
+    if moe and plan.expert > 1:
+        notes += dispatch_transfer(
+            platform,
+            expert_factors=plan.expert_factors,
+            tokens=tokens,
+            row_bytes=2 * model.d_model,
+            num_experts=moe.num_experts,
+            experts_per_token=moe.experts_per_token,
+            dispatcher=plan.dispatch,
+            rows=rows,
+            imbalance=imbalance,
+            capacity_factor=plan.capacity_factor,
+        ).notes
+    return tuple(notes)

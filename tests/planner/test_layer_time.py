@@ -1,0 +1,120 @@
+"""Tests of piperjax/planner/layer_time.py: laws that hold at any rates, and one layer by hand."""
+
+import pytest
+
+from meshes.device import Attention, Device, Products
+from meshes.platform import Link, Platform
+from models.presets import preset
+from piperjax.planner.layer_time import LayerSeconds, layer_seconds
+from piperjax.planner.plan import MEMORY_MODES
+
+
+def machine(**changes):
+    """A device of 1e12 FLOP/s at any shape and endless memory bandwidth."""
+    products = Products(efficiency={"bfloat16": 1.0, "float8_e4m3fn": 1.0})
+    attention = Attention(forward_efficiency={"bfloat16": 1.0}, backward_efficiency={"bfloat16": 1.0})
+    device = Device(
+        **{
+            "peak_flop_per_second": {"bfloat16": 1e12, "float8_e4m3fn": 2e12},
+            "memory_bytes_per_second": 1e30,
+            "matmul": products,
+            "grouped_matmul": products,
+            "attention": attention,
+        }
+        | changes
+    )
+    links = (
+        Link(name="node", devices=4, bytes_per_second=1e9, latency_seconds=1e-6),
+        Link(name="system", devices=64, bytes_per_second=1e8, latency_seconds=1e-5),
+    )
+    return Platform(name="m", description="m", device=device, devices_per_node=4, links=links)
+
+
+def price(name="mixtral_8x7b", platform=None, index=-1, **options):
+    config = preset(name)
+    options = {"tokens": 4096, "seq_len": 4096, "rows": "exact"} | options
+    return layer_seconds(config, config.layers[index], platform or machine(), **options)
+
+
+def test_a_layer_by_hand():
+    """Forward is the FLOP over the rate, backward twice that, recomputation once more."""
+    from models import cost
+
+    config = preset("mixtral_8x7b")
+    flop = 4096 * cost.layer_flop(config, config.layers[0], 4096).total
+    stash, layer = (price(memory_mode=mode) for mode in ("stash", "layer"))
+    assert stash.forward == pytest.approx(flop / 1e12)
+    assert stash.backward == pytest.approx(2 * flop / 1e12)
+    assert layer.backward == pytest.approx(3 * flop / 1e12)
+    assert stash.dense + stash.experts + stash.attention == pytest.approx(3 * flop / 1e12)
+
+
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+@pytest.mark.parametrize("name", ["mixtral_8x7b", "deepseek_v3", "arctic"])
+def test_backward_is_its_two_parts(name, mode):
+    found = price(name, memory_mode=mode, expert_factors=(1, 2, 4))
+    assert found.backward == pytest.approx(found.input_gradient + found.weight_gradient)
+    kinds = found.dense + found.experts + found.attention + found.streams
+    assert kinds == pytest.approx(found.forward + found.backward)
+
+
+def test_modes_that_keep_more_compute_less():
+    device = machine(memory_bytes_per_second=1e11)
+    backward = [price("deepseek_v3", device, memory_mode=mode).backward for mode in MEMORY_MODES]
+    assert backward == sorted(backward, reverse=True)
+    assert len(set(backward)) == len(MEMORY_MODES)
+
+
+@pytest.mark.parametrize(("mode", "times"), [("stage", 3), ("layer", 2), ("named", 1), ("stash", 1)])
+def test_exchanges_are_8_6_or_4(mode, times):
+    found = price(memory_mode=mode, expert_factors=(1, 2, 4))
+    assert found.exchange_forward > 0
+    assert found.exchange_backward == pytest.approx(times * found.exchange_forward)
+
+
+def test_dense_layers_and_one_device_exchange_nothing():
+    assert price(expert_factors=(1, 1, 1)).exchange_forward == 0
+    assert price("deepseek_v3", index=0, expert_factors=(1, 2, 4)).exchange_forward == 0
+
+
+def test_static_buffers_send_and_move_more():
+    slow = machine(memory_bytes_per_second=1e11)
+    exact, static = (
+        price(platform=slow, expert_factors=(1, 2, 4), rows=rows) for rows in ("exact", "static")
+    )
+    # Eight devices with an expert each: a token may send one row to each, and does send two.
+    assert static.exchange_forward == pytest.approx(4 * exact.exchange_forward, rel=0.01)
+    assert static.streams > exact.streams
+
+
+def test_the_busiest_device_sets_the_pace():
+    even, skewed = (price(expert_factors=(1, 2, 4), imbalance=imbalance) for imbalance in (1.0, 1.5))
+    assert skewed.experts == pytest.approx(1.5 * even.experts)
+    assert skewed.exchange_forward > even.exchange_forward
+    assert skewed.dense == even.dense
+
+
+def test_eight_bits_speed_up_products_and_cost_casts():
+    platform = machine(memory_bytes_per_second=1e12)
+    full, small = (price(platform=platform, dtype=dtype) for dtype in ("bfloat16", "float8_e4m3fn"))
+    assert small.experts == pytest.approx(full.experts / 2)
+    assert small.attention == full.attention
+    assert small.streams > full.streams
+
+
+def test_tensor_devices_gather_what_they_share():
+    found = price(tensor=2)
+    assert found.exchange_backward == pytest.approx(1.5 * found.exchange_forward)
+    assert found.dense == pytest.approx(price().dense, rel=0.01)
+
+
+def test_layers_add_up():
+    one = price()
+    both = one + one
+    assert isinstance(both, LayerSeconds)
+    assert both.backward == 2 * one.backward
+
+
+def test_missing_rates_are_named():
+    with pytest.raises(ValueError, match="needs \\[device.matmul\\] to predict seconds"):
+        price(platform=machine(matmul=None))

@@ -1,0 +1,146 @@
+"""Tests of piperjax/planner/timing.py: parts add up, clocks agree with formulas, and every term scales as it should."""
+
+import dataclasses
+
+import pytest
+
+from meshes.platform import load_platform
+from models import cost
+from models.presets import preset
+from piperjax.planner.layer_time import layer_seconds
+from piperjax.planner.plan import default_plan
+from piperjax.planner.timing import (
+    action_costs,
+    estimate_time,
+    stage_seconds,
+    step_end_seconds,
+    tokens_per_device,
+    uncertainty,
+)
+
+FRONTIER = load_platform("frontier")
+
+
+def plan_for(name="deepseek_v3", devices=256, **options):
+    options = {"pipe": 8, "expert": 32, "batch_size": 1024, "seq_len": 4096} | options
+    return preset(name), default_plan(preset(name), FRONTIER, devices, **options)
+
+
+@pytest.mark.parametrize("clock", ["lockstep", "async"])
+@pytest.mark.parametrize("options", [{}, {"schedule": "zb_h1"}, {"schedule": "zb_v"}, {"overlap": True}])
+def test_parts_add_up_to_the_step(clock, options):
+    model, plan = plan_for(**options)
+    found = estimate_time(model, plan, FRONTIER, clock=clock)
+    assert sum(found.parts.values()) == pytest.approx(found.step_seconds)
+    assert min(found.parts.values()) >= 0
+    assert found.tokens_per_second == pytest.approx(1024 * 4096 / found.step_seconds)
+    useful = cost.flop_per_token(model, 4096).step * found.tokens_per_second / 256
+    assert found.flop_per_second == pytest.approx(useful)
+    assert found.mfu == pytest.approx(useful / 191.5e12)
+    assert 0 < found.bubble_fraction < 1
+    assert 0 < found.all_to_all_fraction < 1
+
+
+def test_1f1b_costs_its_formula_in_both_clocks():
+    """(M + P - 1) (F + B) with equal stages and nothing else."""
+    model = dataclasses.replace(preset("mixtral_8x7b"), vocab_size=1)
+    plan = default_plan(model, FRONTIER, 32, pipe=4, expert=8, batch_size=256, seq_len=4096)
+    costs = action_costs(model, plan, FRONTIER)
+    one = costs.forward[0] + costs.backward[0] + costs.exposed_forward[0] + costs.exposed_backward[0]
+    outer = plan.num_microbatches * (costs.embedding + costs.head + costs.embedding_gradient)
+    expected = (plan.num_microbatches + 3) * one + outer + sum(step_end_seconds(model, plan, FRONTIER))
+    transfers = len(plan.tick_table().ticks) * costs.transfer
+    lockstep, asynchronous = (
+        estimate_time(model, plan, FRONTIER, clock=clock).step_seconds for clock in ("lockstep", "async")
+    )
+    assert lockstep == pytest.approx(expected + transfers)
+    assert asynchronous == pytest.approx(expected, rel=0.02)
+
+
+def test_stages_are_their_layers():
+    model, plan = plan_for()
+    stages = stage_seconds(model, plan, FRONTIER)
+    parameters = dict(tokens=4096, seq_len=4096, expert_factors=plan.expert_factors)
+    dense, moe = (layer_seconds(model, model.layers[i], FRONTIER, **parameters) for i in (0, -1))
+    assert tokens_per_device(plan) == 4096
+    assert stages[0].forward == pytest.approx(
+        3 * dense.forward + (plan.layers_per_stage[0] - 3) * moe.forward
+    )
+    assert stages[-1].backward == pytest.approx(plan.layers_per_stage[-1] * moe.backward)
+
+
+def test_a_prediction_layer_is_one_more_layer_and_head():
+    model, plan = plan_for()
+    more = dataclasses.replace(model, prediction_layers=1)
+    plain, predicting = (action_costs(m, plan, FRONTIER) for m in (model, more))
+    layers = plan.layers_per_stage[-1]
+    assert predicting.forward[-1] == pytest.approx(plain.forward[-1] * (layers + 1) / layers)
+    assert predicting.forward[:-1] == plain.forward[:-1]
+    assert predicting.head > 2 * plain.head
+
+
+def test_split_vocabulary_divides_the_head():
+    model, plan = plan_for()
+    whole = dataclasses.replace(plan, vocabulary="whole")
+    split_head, whole_head = (action_costs(model, p, FRONTIER).head for p in (plan, whole))
+    assert whole_head / 8 < split_head < whole_head / 3
+
+
+def test_overlap_hides_exchanges():
+    model, plan = plan_for(memory_mode="layer")
+    hidden = estimate_time(model, dataclasses.replace(plan, overlap=True), FRONTIER, rows="exact")
+    shown = estimate_time(model, plan, FRONTIER, rows="exact")
+    assert hidden.parts["exposed_all_to_all"] < 0.9 * shown.parts["exposed_all_to_all"]
+    assert hidden.parts["compute"] == pytest.approx(shown.parts["compute"])
+
+
+def test_imbalance_costs_time():
+    model, plan = plan_for()
+    even, skewed = (estimate_time(model, plan, FRONTIER, imbalance=i).step_seconds for i in (1.0, 1.5))
+    assert even < skewed < 1.5 * even
+
+
+def test_no_reduction_without_copies():
+    """Eight pipe ranks and nothing else: every gradient is whole where it is made."""
+    model, plan = plan_for("mixtral_8x7b", devices=8, expert=1, batch_size=64)
+    reduction, optimizer = step_end_seconds(model, plan, FRONTIER)
+    assert reduction == 0
+    assert optimizer > 0
+
+
+def test_the_optimizer_works_on_a_share():
+    model, few = plan_for("mixtral_8x7b", devices=64, pipe=8, expert=8)
+    _, many = plan_for("mixtral_8x7b", devices=256, pipe=8, expert=8)
+    assert step_end_seconds(model, many, FRONTIER)[1] < step_end_seconds(model, few, FRONTIER)[1]
+
+
+def test_devices_that_share_cores_wait_for_each_other():
+    model, plan = plan_for("mixtral_8x7b", devices=8, pipe=2, expert=4, batch_size=64)
+    shared = dataclasses.replace(FRONTIER, device=dataclasses.replace(FRONTIER.device, concurrent_devices=2))
+    alone, together = (estimate_time(model, plan, p).step_seconds for p in (FRONTIER, shared))
+    # Eight devices of which two compute at once: four times as long where all are busy, less in the bubble.
+    assert 3 * alone < together < 4 * alone
+
+
+def test_uncertainty_follows_provenance():
+    parts = {"compute": 1.0, "exposed_all_to_all": 1.0}
+
+    def of(provenance):
+        device = FRONTIER.device
+        tables = {
+            name: dataclasses.replace(getattr(device, name), provenance=provenance)
+            for name in ("matmul", "grouped_matmul", "attention")
+        }
+        links = tuple(dataclasses.replace(link, provenance=provenance) for link in FRONTIER.links)
+        return uncertainty(
+            dataclasses.replace(FRONTIER, device=dataclasses.replace(device, **tables), links=links), parts
+        )
+
+    assert of("measured") < of("published") < of("vendor") < of("assumed")
+    assert of("measured") <= 0.10
+
+
+def test_unknown_clock_is_refused():
+    model, plan = plan_for()
+    with pytest.raises(ValueError, match="lockstep or async, got 'wall'"):
+        estimate_time(model, plan, FRONTIER, clock="wall")
