@@ -196,12 +196,21 @@ def _smaller(a: Any, b: Any) -> Any:
     return np.minimum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else min(a, b)
 
 
+def _any(amount: Any) -> bool:
+    return bool(amount.any() if isinstance(amount, np.ndarray) else amount)
+
+
 def _transfer(platform: Platform, seconds: Any, sent: Sequence[Any], *, own_bytes: Any = None) -> Transfer:
-    by_level = {link.name: b for link, b in zip(platform.links, sent, strict=True) if np.any(b)}
+    used = [
+        (link, level_bytes)
+        for link, level_bytes in zip(platform.links, sent, strict=True)
+        if _any(level_bytes)
+    ]
+    by_level = {link.name: level_bytes for link, level_bytes in used}
     notes = tuple(
         f"link '{link.name}': sizes outside those that were measured, so its time is extrapolated"
-        for link in platform.links
-        if link.name in by_level and not np.all(link.covers(by_level[link.name]))
+        for link, level_bytes in used
+        if (link.smallest_bytes or link.largest_bytes) and not np.all(link.covers(level_bytes))
     )
     if own_bytes is not None:
         by_level[SELF] = own_bytes

@@ -63,7 +63,7 @@ def test_where_members_sit():
 
 
 def test_factors_say_the_same_as_the_axis():
-    for platform in (TOY, load_platform("frontier"), load_platform("h100_node")):
+    for platform in (TOY, load_platform("frontier"), load_platform("h100_pod")):
         for pipe, data, expert in [
             (1, 1, 4),
             (1, 1, 3),
@@ -146,7 +146,7 @@ def test_a_group_within_a_node_never_touches_outer_links():
         assert all_to_all(TOY, (1, 1, 4), 1e6, algorithm=algorithm) == all_to_all(TOY, (1, 1, 4), 1e6)
 
 
-@pytest.mark.parametrize("platform", [TOY, load_platform("frontier"), load_platform("h100_node")])
+@pytest.mark.parametrize("platform", [TOY, load_platform("frontier"), load_platform("h100_pod")])
 @pytest.mark.parametrize("size", [2, 4, 6, 16, 24, 32])
 def test_laws_of_bytes(platform, size):
     group, num_bytes = Group(size), 5e6

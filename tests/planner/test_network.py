@@ -136,7 +136,7 @@ def test_seconds_rise_with_every_load():
 
 
 def test_every_platform_with_a_network_can_be_priced():
-    for name in ("frontier", "h100_node", "mi300x_node"):
+    for name in ("frontier", "h100_pod", "mi300x_node"):
         platform = load_platform(name)
         factors = platform.expert_factors(expert=64, pipe=4, data=1)
         cost = dispatch_transfer(platform, expert_factors=factors, **LAYER)
