@@ -26,6 +26,7 @@ PURE = (
     "piperjax/planner/*.py",
     "piperjax/training/config.py",
     "piperjax/training/overrides.py",
+    "piperjax/training/planning.py",
 )
 COMPUTING = ("jax", "jaxlib", "flax", "optax", "orbax", "chex", "grain")
 

@@ -15,7 +15,9 @@ from piperjax.training.metrics import gib, si
 from piperjax.training.optimizer import Moments
 
 
-def banner(config: TrainConfig, platform: Platform, abstract_params: Any, data: str) -> str:
+def banner(
+    config: TrainConfig, platform: Platform, abstract_params: Any, data: str, *, notes: Sequence[str] = ()
+) -> str:
     """Returns the lines that describe a run under its plan.
 
     Args:
@@ -23,6 +25,7 @@ def banner(config: TrainConfig, platform: Platform, abstract_params: Any, data: 
       platform: the machine.
       abstract_params: `Executor.abstract_params`.
       data: one line about the text.
+      notes: lines on how the plan came about.
     """
     plan, tokens = config.plan, config.tokens_per_step
     params_bytes = bytes_per_device(abstract_params)
@@ -33,13 +36,14 @@ def banner(config: TrainConfig, platform: Platform, abstract_params: Any, data: 
         "schedule": f"{plan.schedule}, {_count(plan.num_microbatches, 'microbatch')} of "
         f"{_count(plan.microbatch_size, 'sequence')}, {plan.dispatch} dispatch, {_capacity(plan)}, {config.dtype}",
         "stages": " | ".join(_stages(config.model, plan)),
+        "plan": f"\n{'':10}".join(notes),
         "memory": f"per device {gib(params_bytes)} parameters, {gib(len(Moments._fields) * params_bytes)} optimizer",
         "batch": f"{plan.batch_size} sequences x {plan.seq_len} = {tokens:,} tokens per step; "
         f"{config.steps:,} steps = {si(tokens * config.steps)} tokens",
         "data": data,
         "run": config.out,
     }
-    return "\n".join(f"{name:<9} {text}" for name, text in rows.items())
+    return "\n".join(f"{name:<9} {text}" for name, text in rows.items() if text)
 
 
 def bytes_per_device(abstract: Any) -> int:

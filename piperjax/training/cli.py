@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import math
 import os
 import signal
 import sys
@@ -11,12 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from models.presets import named_model
-from piperjax.planner.plan import Plan, default_plan
 from piperjax.training.config import DataConfig, LogConfig, TrainConfig
-from piperjax.training.overrides import Tree, override, parse, parse_assignments
+from piperjax.training.overrides import Tree, override, parse_assignments
+from piperjax.training.planning import PlanFile, make_plan, read_plan_file, requested_sizes
 from piperjax.training.run_file import read_run_file
 
-AXIS_FLAGS = {"pipe": "--pipe", "data": "--data-parallel", "expert": "--expert"}
 DEFAULT_MODEL = "tiny"
 
 DESCRIPTION = "Train a mixture-of-experts language model. The same command resumes when it was interrupted."
@@ -90,8 +88,10 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--mesh",
         metavar="SIZES",
-        help="auto, or such as pipe=2,expert=4,data=1 (default auto: experts fill a node, as few pipe ranks as "
-        "hold the model, data takes the rest)",
+        help="auto, or such as pipe=2,expert=4,data=1 (default auto: the planner chooses what is not given)",
+    )
+    where.add_argument(
+        "--plan", metavar="FILE", help="a plan that python -m piperjax plan --out wrote, instead of a mesh"
     )
     where.add_argument("--pipe", type=int, metavar="N", help="pipe ranks; -1 takes the devices that are left")
     where.add_argument(
@@ -218,8 +218,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "plan is a group of fields; set plan.memory_mode, plan.capacity_factor, ... or use flags"
         )
-    config = configuration(args, tree)
-    sizes = requested_sizes(args)
+    plan_file = None if args.plan is None else read_plan_file(args.plan)
+    config = configuration(args, tree, plan_file)
+    requested_sizes(args)
 
     from meshes.mesh import simulate_devices
     from piperjax.training import distributed
@@ -233,12 +234,17 @@ def run(args: argparse.Namespace) -> int:
 
     devices = distributed.first_devices(args.devices)
     platform = find_platform(config.platform, devices)
-    plan = make_plan(args, config, platform, len(devices), sizes=sizes, changes=plan_tree)
-    return train(dataclasses.replace(config, plan=plan), devices=devices).exit_code
+    choice = make_plan(args, config, platform, len(devices), plan_file=plan_file, changes=plan_tree)
+    config = dataclasses.replace(config, plan=choice.plan)
+    return train(config, devices=devices, notes=choice.notes).exit_code
 
 
-def configuration(args: argparse.Namespace, tree: Tree) -> TrainConfig:
-    """Returns the configuration that flags and assignments describe; its plan is that of `--resume`, or None."""
+def configuration(args: argparse.Namespace, tree: Tree, plan_file: PlanFile | None = None) -> TrainConfig:
+    """Returns the configuration that flags and assignments describe; its plan is that of `--resume`, or None.
+
+    Model, batch and sequence length of a new run are by default those that the plan file was made for.
+    """
+    batch, seq_len = args.batch, args.seq
     if args.resume is not None:
         if args.out is not None:
             raise ValueError("--resume and --out both name the run directory; give one of them")
@@ -246,14 +252,18 @@ def configuration(args: argparse.Namespace, tree: Tree) -> TrainConfig:
         if args.model is not None:
             config = dataclasses.replace(config, model=named_model(args.model), plan=None)
     else:
-        model = named_model(args.model or DEFAULT_MODEL)
+        planned_for = plan_file.model if plan_file else ""
+        model = named_model(args.model or planned_for or DEFAULT_MODEL)
         config = TrainConfig(model=model, out=args.out or f"runs/{model.name}")
+        if plan_file:
+            batch = plan_file.plan.batch_size if batch is None else batch
+            seq_len = plan_file.plan.seq_len if seq_len is None else seq_len
     flags = {
         "data": {
             "path": args.data,
             "tokenizer": args.tokenizer,
-            "batch_size": args.batch,
-            "seq_len": args.seq,
+            "batch_size": batch,
+            "seq_len": seq_len,
         },
         "log": {"log_every": args.log_every},
     }
@@ -281,83 +291,3 @@ def configuration(args: argparse.Namespace, tree: Tree) -> TrainConfig:
         if fits and plan.num_layers == config.model.num_layers
         else config
     )
-
-
-def requested_sizes(args: argparse.Namespace) -> dict[str, int]:
-    """Returns the axis sizes that were given, -1 for one that takes the devices which are left.
-
-    Raises:
-      ValueError: if --mesh is not understood, a size is impossible, or two of them are -1.
-    """
-    sizes = {axis: getattr(args, flag[2:].replace("-", "_")) for axis, flag in AXIS_FLAGS.items()}
-    sizes = {axis: size for axis, size in sizes.items() if size is not None}
-    if args.mesh not in (None, "auto"):
-        if sizes:
-            raise ValueError(
-                f"--mesh {args.mesh} and {AXIS_FLAGS[next(iter(sizes))]} contradict; give one of them"
-            )
-        sizes = _parsed_mesh(args.mesh)
-    for axis, size in sizes.items():
-        if size < 1 and size != -1:
-            raise ValueError(f"{AXIS_FLAGS[axis]} must be at least 1, or -1 to take what is left, got {size}")
-    if args.microbatches is not None and args.microbatches < 1:
-        raise ValueError(f"--microbatches must be at least 1, got {args.microbatches}")
-    if list(sizes.values()).count(-1) > 1:
-        raise ValueError("only one axis can be -1, the one that takes the devices which are left")
-    return sizes
-
-
-def _parsed_mesh(text: str) -> dict[str, int]:
-    sizes = {}
-    for part in text.split(","):
-        axis, _, size = part.strip().partition("=")
-        if axis not in AXIS_FLAGS or not size.removeprefix("-").isdigit():
-            raise ValueError(f"--mesh must be auto or sizes such as pipe=2,expert=4,data=1, got '{text}'")
-        sizes[axis] = int(size)
-    return sizes
-
-
-def make_plan(
-    args: argparse.Namespace,
-    config: TrainConfig,
-    platform: Any,
-    num_devices: int,
-    *,
-    sizes: dict[str, int],
-    changes: Tree,
-) -> Plan:
-    """Returns the plan: flags first, then the resumed plan where it fits the devices, then the default rule."""
-    flags = {"schedule": args.schedule, "num_microbatches": args.microbatches}
-    wished = _filled(sizes, num_devices) | {name: value for name, value in flags.items() if value is not None}
-    changes = dict(changes)
-    if "num_chunks" in changes:  # It decides how many stages the layers are split into.
-        wished["num_chunks"] = parse(changes.pop("num_chunks"), int, where="plan.num_chunks")
-    kept: dict[str, Any] = {}
-    if config.plan is not None:
-        fits = not sizes and config.plan.num_devices == num_devices
-        if fits and not wished:
-            return override(config.plan, changes, where="plan")
-        names = ["schedule", "memory_mode", "dispatch", "capacity_factor", "overlap", "vocabulary"]
-        names += ["pipe", "data", "expert", "num_microbatches"] if fits else []
-        names += ["num_chunks"] if "schedule" not in wished else []
-        kept = {name: getattr(config.plan, name) for name in names}
-    kept |= wished
-    batch, seq_len = config.data.batch_size, config.data.seq_len
-    plan = default_plan(config.model, platform, num_devices, batch_size=batch, seq_len=seq_len, **kept)
-    return override(plan, changes, where="plan")
-
-
-def _filled(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
-    """Replaces -1 by the devices that the other axes leave, axes not given counting 1."""
-    if -1 not in sizes.values():
-        return sizes
-    filled = dict.fromkeys(AXIS_FLAGS, 1) | sizes
-    taken = math.prod(size for size in filled.values() if size != -1)
-    if num_devices % taken:
-        axis = next(axis for axis, size in sizes.items() if size == -1)
-        others = " x ".join(f"{name} {size}" for name, size in filled.items() if size != -1)
-        raise ValueError(
-            f"{AXIS_FLAGS[axis]} -1 cannot take what is left: {others} = {taken} does not divide the "
-            f"{num_devices} devices"
-        )
-    return {axis: num_devices // taken if size == -1 else size for axis, size in filled.items()}

@@ -96,6 +96,7 @@ def train(
     config: TrainConfig,
     *,
     devices: Sequence[jax.Device] | None = None,
+    notes: Sequence[str] = (),
     on_record: Hook | None = None,
     stream: TextIO | None = None,
 ) -> TrainResult:
@@ -104,6 +105,7 @@ def train(
     Args:
       config: the run. Without a plan, `default_plan` makes one for the devices.
       devices: what to run on; every device of every process by default.
+      notes: lines to print on how the plan came about.
       on_record: called with every step's and every validation's record, on process 0.
       stream: where lines are printed; standard output by default.
 
@@ -123,7 +125,9 @@ def train(
         )
         config = replace(config, plan=plan)
     with ExitStack() as cleanup:
-        run = _prepare(config, platform, devices, cleanup=cleanup, on_record=on_record, stream=stream)
+        run = _prepare(
+            config, platform, devices, cleanup=cleanup, notes=notes, on_record=on_record, stream=stream
+        )
         with Interrupt() as interrupt:
             stopped_by = _loop(run, interrupt)
     return TrainResult(
@@ -186,6 +190,7 @@ def _prepare(
     devices: Sequence[jax.Device],
     *,
     cleanup: ExitStack,
+    notes: Sequence[str],
     on_record: Hook | None,
     stream: TextIO | None,
 ) -> _Run:
@@ -205,7 +210,7 @@ def _prepare(
     printer = Printer(mode, num_steps=config.steps, stream=stream)
     cleanup.callback(printer.close)
     dataset = _load_text(config, report=printer.line)
-    printer.line(banner.banner(config, platform, executor.abstract_params, dataset.describe()))
+    printer.line(banner.banner(config, platform, executor.abstract_params, dataset.describe(), notes=notes))
     make_run_directory(config.out)
     if distributed.is_writer():
         cleanup.enter_context(closing(RunLock(config.out)))

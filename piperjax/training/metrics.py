@@ -28,12 +28,14 @@ class Work:
       flop: model FLOP of a step over all devices, forward and backward, recomputation not counted.
       num_devices: devices of the mesh.
       peak_flop_per_second: matmul rate of one device in the run's dtype; 0 if the platform does not say.
+      predicted_step_seconds: what the planner expects of a step; 0 if the platform says too little.
     """
 
     tokens: int
     flop: float
     num_devices: int
     peak_flop_per_second: float
+    predicted_step_seconds: float = 0.0
 
 
 def step_record(metrics: StepMetrics, *, step: int, step_seconds: float, work: Work) -> Record:
@@ -58,6 +60,8 @@ def step_record(metrics: StepMetrics, *, step: int, step_seconds: float, work: W
         "load_imbalance": [round(float(value), 4) for value in imbalance],
         "dropped_fraction": float(metrics.dropped) / routed if routed else 0.0,
     }
+    if work.predicted_step_seconds:
+        record["predicted_step_seconds"] = work.predicted_step_seconds
     if work.peak_flop_per_second:
         record["mfu"] = flop_per_second / work.peak_flop_per_second
     if memory := peak_memory_bytes():
@@ -80,6 +84,7 @@ def step_line(record: Record, *, num_steps: int) -> str:
         f"aux {record['aux_loss']:.4f}",
         f"grad {record['grad_norm']:.3f}",
         f"lr {record['learning_rate']:.2e}",
+        _seconds(record),
         f"{si(record['tokens_per_second'])} tokens/s",
         f"{record['flop_per_second_per_device'] / 1e12:.3g} TFLOP/s/device",
     ]
@@ -91,6 +96,11 @@ def step_line(record: Record, *, num_steps: int) -> str:
     if "peak_memory_bytes" in record:
         parts.append(f"memory {record['peak_memory_bytes'] / 2**30:.2f} GiB")
     return " | ".join(parts)
+
+
+def _seconds(record: Record) -> str:
+    predicted = record.get("predicted_step_seconds")
+    return f"{record['step_seconds']:.3g} s" + (f" (predicted {predicted:.3g})" if predicted else "")
 
 
 def validation_line(record: Record) -> str:

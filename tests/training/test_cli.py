@@ -13,6 +13,7 @@ from models.presets import preset
 from piperjax.training import cli
 from piperjax.training.config import TrainConfig
 from piperjax.training.overrides import parse_assignments
+from piperjax.training.planning import make_plan
 from piperjax.training.run_file import write_run_file
 
 ROOT = Path(__file__).parents[2]
@@ -29,11 +30,7 @@ def planned(*argv, num_devices=8):
     tree = parse_assignments(args.set)
     changes = tree.pop("plan", {})
     config = cli.configuration(args, tree)
-    return cli.make_plan(args, config, CPU8, num_devices, sizes=cli.requested_sizes(args), changes=changes)
-
-
-def sizes(plan):
-    return plan.pipe, plan.data, plan.expert
+    return make_plan(args, config, CPU8, num_devices, changes=changes).plan
 
 
 def test_without_flags_everything_has_a_default():
@@ -60,29 +57,6 @@ def test_a_model_can_come_from_a_file(tmp_path):
     assert config.model.name == "mine" and config.out == "runs/mine"
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("--pipe 2 --expert 4 --data-parallel 1", (2, 1, 4)),
-        ("--mesh pipe=2,expert=4,data=1", (2, 1, 4)),
-        ("--mesh auto --pipe 2 --expert 2", (2, 2, 2)),
-        ("--pipe 2 --expert -1", (2, 1, 4)),
-        ("--pipe 2 --expert 2 --data-parallel -1", (2, 2, 2)),
-        ("--mesh data=-1,pipe=2", (2, 4, 1)),
-        ("", (1, 2, 4)),
-    ],
-)
-def test_axis_sizes(flags, expected):
-    assert sizes(planned(*flags.split())) == expected
-
-
-def test_plan_fields_can_be_set():
-    plan = planned(
-        "--pipe", "2", "--schedule", "gpipe", "--microbatches", "2", "--set", "plan.memory_mode=stage"
-    )
-    assert (plan.schedule, plan.num_microbatches, plan.memory_mode) == ("gpipe", 2, "stage")
-
-
 @pytest.fixture
 def begun(tmp_path):
     """A run directory as `--pipe 2 --expert 4 --schedule gpipe --seed 4` leaves it."""
@@ -98,20 +72,6 @@ def test_resume_reads_the_configuration_and_flags_change_it(begun):
     assert configured("--resume", str(directory)) == config
     changed = configured("--resume", str(directory), "--steps", "90", "--set", "optimizer.weight_decay=0.0")
     assert changed.steps == 90 and changed.optimizer.weight_decay == 0.0 and changed.seed == 4
-
-
-def test_resume_keeps_the_plan_where_the_devices_are_as_many(begun):
-    directory, config = begun
-    assert planned("--resume", str(directory)) == config.plan
-    assert planned("--resume", str(directory), "--schedule", "1f1b").schedule == "one_f_one_b"
-    assert sizes(planned("--resume", str(directory), "--schedule", "1f1b")) == (2, 1, 4)
-
-
-def test_resume_plans_anew_for_other_devices_or_sizes(begun):
-    directory, _ = begun
-    elsewhere = planned("--resume", str(directory), num_devices=4)
-    assert elsewhere.num_devices == 4 and elsewhere.memory_mode == "stage" and elsewhere.schedule == "gpipe"
-    assert sizes(planned("--resume", str(directory), "--pipe", "4")) == (4, 1, 2)
 
 
 def test_resume_follows_a_directory_that_was_moved(begun, tmp_path):
@@ -131,7 +91,7 @@ def test_help_names_every_flag_and_starts_no_jax():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     flags = (
-        "--model --mesh --pipe --expert --data-parallel --schedule --microbatches --batch --seq --steps --data "
+        "--model --mesh --plan --pipe --expert --data-parallel --schedule --microbatches --batch --seq --steps --data "
         "--tokenizer --out --resume --seed --dtype --platform --devices --log-every --set --coordinator "
         "--processes --process-id"
     )

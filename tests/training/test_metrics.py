@@ -1,5 +1,6 @@
 """Tests of records, their lines, and metrics.jsonl."""
 
+import dataclasses
 import io
 import json
 import math
@@ -58,9 +59,17 @@ def test_record_drawn_out():
         }
     )
     assert step_line(record | {"load_imbalance": [2.0, 1.0]}, num_steps=300) == (
-        "step   7/300 | loss 2.5000 | aux 0.0125 | grad 0.750 | lr 3.00e-04 | 4.1k tokens/s | "
+        "step   7/300 | loss 2.5000 | aux 0.0125 | grad 0.750 | lr 3.00e-04 | 0.5 s | 4.1k tokens/s | "
         "0.001 TFLOP/s/device | MFU 10.0% | load 2.00x mean | dropped 25.0%"
     )
+
+
+def test_seconds_stand_beside_those_predicted():
+    work = dataclasses.replace(WORK, predicted_step_seconds=0.45678)
+    record = step_record(make_metrics(), step=7, step_seconds=0.5, work=work)
+    assert record["predicted_step_seconds"] == 0.45678
+    assert "| 0.5 s (predicted 0.457) |" in step_line(record, num_steps=300)
+    assert "predicted_step_seconds" not in step_record(make_metrics(), step=7, step_seconds=0.5, work=WORK)
 
 
 def test_what_is_not_known_is_not_printed():
