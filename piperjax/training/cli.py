@@ -218,9 +218,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "plan is a group of fields; set plan.memory_mode, plan.capacity_factor, ... or use flags"
         )
+    requested_sizes(args)
     plan_file = None if args.plan is None else read_plan_file(args.plan)
     config = configuration(args, tree, plan_file)
-    requested_sizes(args)
 
     from meshes.mesh import simulate_devices
     from piperjax.training import distributed
