@@ -1,10 +1,11 @@
-"""`python -m piperjax show | sample`: look at schedules, and generate text from a checkpoint."""
+"""`python -m piperjax show | simulate | sample`: look at schedules and networks, generate text from a checkpoint."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from piperjax.planner import network_table
 from piperjax.schedules import registry
 from piperjax.schedules.draw import svg_gantt, text_gantt
 from piperjax.schedules.schedule import Schedule
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     show = commands.add_parser("show", help="draw a pipeline schedule as text, or as SVG with --svg")
     _add_show_arguments(show)
+    simulation = commands.add_parser("simulate", help="all-to-alls on a machine: flat, halo2 and halo3")
+    network_table.add_arguments(simulation)
     sample = commands.add_parser("sample", help="generate text from a run's checkpoint")
     _add_sample_arguments(sample)
     args = parser.parse_args(argv)

@@ -192,10 +192,6 @@ def _larger(a: Any, b: Any) -> Any:
     return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
 
 
-def _smaller(a: Any, b: Any) -> Any:
-    return np.minimum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else min(a, b)
-
-
 def _any(amount: Any) -> bool:
     return bool(amount.any() if isinstance(amount, np.ndarray) else amount)
 
@@ -382,8 +378,8 @@ def _pairs(layout: Layout) -> list[tuple[int, int]]:
 def _messages(platform: Platform, peers: Sequence[float], part_bytes: Any) -> tuple[Any, list[Any]]:
     """Seconds and bytes by level of sending one message of `part_bytes` to each of the peers at every level.
 
-    A device posts one message after the other, while those already posted are on the wire: k equal messages of which
-    posting takes a and the wire b seconds end after k max(a, b) + min(a, b). The first is paid by the latency.
+    A device posts one message after the other, while those already posted are on the wire; posting the first is in
+    the latency. The last ends when the wire has passed all, or alone has to pass once all are posted.
     """
     sent = [count * part_bytes for count in peers]
     used = [(count, link) for count, link in zip(peers, platform.links, strict=True) if count]
@@ -392,5 +388,5 @@ def _messages(platform: Platform, peers: Sequence[float], part_bytes: Any) -> tu
     furthest = used[-1][1]
     posting = sum(count * link.message_seconds for count, link in used) - furthest.message_seconds
     wire = _wire_seconds(platform, sent)
-    last = _smaller(posting, wire) / sum(count for count, _ in used)
-    return furthest.latency_seconds + _larger(posting, wire) + last, sent
+    last = wire / sum(count for count, _ in used)
+    return furthest.latency_seconds + _larger(wire, posting + last), sent

@@ -11,8 +11,6 @@ What it leaves out: adaptive routing and detours, back-pressure, channels and ch
 global links by pair of groups. It is a simulation, not a measurement.
 """
 
-from dataclasses import replace
-
 import numpy as np
 
 from meshes.platform import Link, Platform
@@ -84,12 +82,6 @@ def num_messages(num_nodes: int, devices_per_node: int, algorithm: str) -> int:
     inside = devices * (devices_per_node - 1)
     far = devices * (num_nodes - 1)
     return 2 * inside + (far if algorithm == "halo2" else far // devices_per_node)
-
-
-def with_message_seconds(platform: Platform, factor: float) -> Platform:
-    """The same machine, where every further message costs `factor` times as much."""
-    links = tuple(replace(link, message_seconds=link.message_seconds * factor) for link in platform.links)
-    return replace(platform, links=links)
 
 
 # --- who sends to whom: [devices, messages of each], in the order in which they are posted; -1 for none -----------

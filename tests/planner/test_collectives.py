@@ -83,29 +83,29 @@ def test_factors_say_the_same_as_the_axis():
 
 def test_all_to_all_by_hand():
     # 8 devices, 8 MB: parts of 1 MB. Three to the node: 3 MB at 100 GB/s; four to the other: 4 MB at 10 GB/s = 400 us.
-    # Posting 3 x 1 us + 4 x 5 us, the first of which is in the latency of 10 us: 18 us, and a seventh stays behind.
+    # Posting 3 x 1 us + 4 x 5 us is done long before.
     cost = all_to_all(TOY, Group(8), 8e6)
-    assert cost.seconds == pytest.approx(10e-6 + 400e-6 + 18e-6 / 7)
+    assert cost.seconds == pytest.approx(10e-6 + 400e-6)
     assert cost.bytes_by_level == pytest.approx({"node": 3e6, "switch": 4e6, "self": 1e6})
-    # halo2: II one message of 4 MB beside I; III spreads 4 MB: 3 messages of 1 MB, 30 us of wire, 2 us of posting.
+    # 8 kB: the wire needs 0.4 us, a seventh of it after 18 us of posting, as the first is in the latency.
+    assert all_to_all(TOY, Group(8), 8e3).seconds == pytest.approx(10e-6 + 18e-6 + 0.4e-6 / 7)
+    # halo2: II one message of 4 MB beside I; III spreads 4 MB: 3 messages of 1 MB, 30 us of wire.
     cost = all_to_all(TOY, Group(8), 8e6, algorithm="halo2")
-    assert cost.seconds == pytest.approx((10e-6 + 400e-6) + (1e-6 + 30e-6 + 2e-6 / 3))
+    assert cost.seconds == pytest.approx((10e-6 + 400e-6) + (1e-6 + 30e-6))
     assert cost.bytes_by_level == pytest.approx({"node": 6e6, "switch": 4e6, "self": 1e6})
     # halo3: I moves all 8 MB inside the node, 3 parts of 2 MB; one leader of four sends 16 MB at its own 10 GB/s.
     cost = all_to_all(TOY, Group(8), 8e6, algorithm="halo3")
-    assert cost.seconds == pytest.approx(
-        (1e-6 + 60e-6 + 2e-6 / 3) + (10e-6 + 1600e-6) + (1e-6 + 30e-6 + 2e-6 / 3)
-    )
+    assert cost.seconds == pytest.approx((1e-6 + 60e-6) + (10e-6 + 1600e-6) + (1e-6 + 30e-6))
     assert cost.bytes_by_level == pytest.approx({"node": 9e6, "switch": 4e6, "self": 1e6})
 
 
 def test_taper_and_the_shared_network_interface():
     # 32 devices, parts of 1 MB: 28 MB leave the node at 10 GB/s, of which 24 MB leave the switch at 5 GB/s: 4.8 ms.
     cost = all_to_all(TOY, Group(32), 32e6)
-    assert cost.seconds == pytest.approx(20e-6 + 4.8e-3 + (3e-6 + 27 * 5e-6) / 31)
+    assert cost.seconds == pytest.approx(20e-6 + 4.8e-3)
     wide = replace(TOY, links=(*TOY.links[:2], replace(TOY.links[2], taper_fraction=1.0)))
     # Untapered, the interface is the limit: it carries both.
-    assert all_to_all(wide, Group(32), 32e6).seconds == pytest.approx(20e-6 + 2.8e-3 + 138e-6 / 31)
+    assert all_to_all(wide, Group(32), 32e6).seconds == pytest.approx(20e-6 + 2.8e-3)
 
 
 def test_ring_and_tree_by_hand():
