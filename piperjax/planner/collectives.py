@@ -180,11 +180,12 @@ def _wire_seconds(platform: Platform, sent: Sequence[Any]) -> Any:
         outside = link.devices > platform.devices_per_node
         outward = outward + level_bytes
         carried = outward if outside else level_bytes
-        seconds = _larger(seconds, carried / (_rate(link) * link.taper_fraction))
+        seconds = _larger(seconds, carried / (link_rate(link) * link.taper_fraction))
     return seconds
 
 
-def _rate(link: Link) -> float:
+def link_rate(link: Link) -> float:
+    """Bytes per second, per device and direction, that collectives reach with large messages, not tapered."""
     return link.bytes_per_second * link.efficiency
 
 
@@ -269,7 +270,7 @@ def permute(platform: Platform, group: Group, num_bytes: Any) -> Transfer:
     """Every device sends `num_bytes` to the next member of its group; the pair that is furthest apart decides.
 
     Of the devices inside an instance of the level within, `stride` send over the furthest level, so that a tapered
-    level is a limit only where these are enough to fill it.
+    level is a limit only where these are enough to fill it. Bytes are those of that pair.
     """
     if group.size == 1:
         return Transfer(seconds=0.0 * num_bytes)
@@ -278,8 +279,8 @@ def permute(platform: Platform, group: Group, num_bytes: Any) -> Transfer:
     link = platform.links[level]
     inner = platform.links[level - 1].devices if level else 1
     share = min(1.0, group.stride / inner)
-    rates = [min(_rate(link), _rate(link) * link.taper_fraction / share)]
-    rates += [_rate(way) for way in platform.links[:level] if way.devices > platform.devices_per_node]
+    rates = [min(link_rate(link), link_rate(link) * link.taper_fraction / share)]
+    rates += [link_rate(way) for way in platform.links[:level] if way.devices > platform.devices_per_node]
     seconds = link.latency_seconds + num_bytes / min(rates)
     sent = [num_bytes if i == level else 0.0 for i in range(len(platform.links))]
     return _transfer(platform, seconds, sent)

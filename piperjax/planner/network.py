@@ -1,7 +1,7 @@
 """This file is the communication model of expert dispatch: what each way of bringing rows to their experts costs.
 
-What the planner needs of the network is here: the collectives of `collectives`, how far tokens spread from `routing`,
-and the dispatchers that combine both.
+What the planner needs of the network is here: the collectives of `collectives` and their simulation, how far tokens
+spread from `routing`, and the dispatchers that combine them.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from piperjax.planner.collectives import (
     permute,
     reduce_scatter,
 )
+from piperjax.planner.network_simulation import simulate_all_to_all
 from piperjax.planner.routing import expected_nodes
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "EXECUTABLE",
     "Dispatcher",
     "Group",
+    "Rows",
     "Transfer",
     "all_gather",
     "all_reduce",
@@ -40,6 +42,7 @@ __all__ = [
     "expected_nodes",
     "permute",
     "reduce_scatter",
+    "simulate_all_to_all",
 ]
 
 Rows = Literal["static", "exact"]

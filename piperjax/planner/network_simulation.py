@@ -13,8 +13,8 @@ global links by pair of groups. It is a simulation, not a measurement.
 
 import numpy as np
 
-from meshes.platform import Link, Platform
-from piperjax.planner.collectives import check_algorithm
+from meshes.platform import Platform
+from piperjax.planner.collectives import check_algorithm, link_rate
 
 
 def simulate_all_to_all(
@@ -179,7 +179,7 @@ def _through_node(
     start: np.ndarray,
 ) -> np.ndarray:
     """Ends of messages inside a node, each level of which has a port at every device."""
-    service = part_bytes / np.array([_rate(link) for link in platform.links])[level]
+    service = part_bytes / np.array([link_rate(link) for link in platform.links])[level]
     ports = len(platform.links)
     start, end = _queue(source * ports + level, start, service)
     return np.maximum(_queue(target * ports + level, start, service)[1], end)
@@ -196,12 +196,12 @@ def _through_network(
     """Ends of messages between nodes: source interface, uplinks and downlinks that are tapered, and destination's."""
     links, shared = platform.links, platform.devices_per_nic or 1
     first = next(i for i, link in enumerate(links) if link.devices > platform.devices_per_node)
-    service = np.full(len(source), part_bytes / (_rate(links[first]) * shared))
+    service = np.full(len(source), part_bytes / (link_rate(links[first]) * shared))
     start, end = _queue(source // shared, start, service)
     limits = [
         i
         for i in range(first, len(links))
-        if links[i].taper_fraction < 1 or _rate(links[i]) < _rate(links[first])
+        if links[i].taper_fraction < 1 or link_rate(links[i]) < link_rate(links[first])
     ]
     for side, order in ((source, limits), (target, limits[::-1])):
         for i in order:
@@ -209,14 +209,10 @@ def _through_network(
             crossing = level >= i
             if not crossing.any():
                 continue
-            up = np.full(crossing.sum(), part_bytes / (_rate(links[i]) * links[i].taper_fraction * inner))
+            up = np.full(crossing.sum(), part_bytes / (link_rate(links[i]) * links[i].taper_fraction * inner))
             start[crossing], passed = _queue(side[crossing] // inner, start[crossing], up)
             end[crossing] = np.maximum(end[crossing], passed)
     return np.maximum(_queue(target // shared, start, service)[1], end)
-
-
-def _rate(link: Link) -> float:
-    return link.bytes_per_second * link.efficiency
 
 
 def _queue(server: np.ndarray, arrival: np.ndarray, service: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
