@@ -77,16 +77,17 @@ class Plan:
         if self.capacity_factor < 0:
             raise ValueError(f"capacity_factor must be 0 (dropless) or positive, got {self.capacity_factor}")
         self._check_batch()
-        schedule = self.build_schedule()
-        if schedule.num_stages != len(self.layers_per_stage):
+        # The schedule is built where it is used: searching looks at more plans than it builds.
+        chunks = registry.check(self.schedule, self.pipe, self.num_microbatches, self.num_chunks)
+        if chunks * self.pipe != len(self.layers_per_stage):
             raise ValueError(
-                f"schedule {self.schedule!r} has {schedule.num_stages} stages over pipe = {self.pipe}, but "
+                f"schedule {self.schedule!r} has {chunks * self.pipe} stages over pipe = {self.pipe}, but "
                 f"layers_per_stage names {len(self.layers_per_stage)}"
             )
-        self._check_overlap(schedule)
+        self._check_overlap()
 
-    def _check_overlap(self, schedule: Schedule):
-        if self.overlap and schedule.clock != "dual":
+    def _check_overlap(self):
+        if self.overlap and self.build_schedule().clock != "dual":
             raise ValueError(
                 f"overlap needs ticks with a forward and a backward, but schedule {self.schedule!r} runs one action "
                 "after the other; use one_f_one_b, interleaved, zb_h1 or zb_v, or leave overlap off"
@@ -129,6 +130,11 @@ class Plan:
     def build_schedule(self) -> Schedule:
         """The schedule as a value."""
         return registry.build(self.schedule, self.pipe, self.num_microbatches, self.num_chunks)
+
+    @property
+    def stages_of_rank(self) -> tuple[tuple[int, ...], ...]:
+        """Stages of each pipe rank, in chunk order."""
+        return registry.placement(self.schedule, self.pipe, self.num_microbatches, self.num_chunks)
 
     def tick_table(self) -> TickTable:
         """The table that is executed."""

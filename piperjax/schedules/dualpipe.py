@@ -16,11 +16,7 @@ def dualpipe_v(num_ranks: int, num_microbatches: int) -> Schedule:
     Raises:
       ValueError: if there are fewer than `2 P` microbatches.
     """
-    if num_microbatches < 2 * num_ranks:
-        raise ValueError(
-            f"dualpipe_v needs at least two microbatches per pipe rank, {2 * num_ranks} in all, got "
-            f"{num_microbatches}; raise num_microbatches or use zb_v"
-        )
+    check(num_ranks, num_microbatches)
     return Schedule(
         name="dualpipe_v",
         num_stages=2 * num_ranks,
@@ -28,6 +24,16 @@ def dualpipe_v(num_ranks: int, num_microbatches: int) -> Schedule:
         ranks=tuple(_Rank(rank, num_ranks).phases(num_microbatches) for rank in range(num_ranks)),
         stage_of_chunk=v_placement(num_ranks),
     )
+
+
+def check(num_ranks: int, num_microbatches: int, num_chunks: int = 2) -> None:
+    """Refuses what `dualpipe_v` cannot build, without building it."""
+    del num_chunks  # Always 2.
+    if num_microbatches < 2 * num_ranks:
+        raise ValueError(
+            f"dualpipe_v needs at least two microbatches per pipe rank, {2 * num_ranks} in all, got "
+            f"{num_microbatches}; raise num_microbatches or use zb_v"
+        )
 
 
 class _Rank:

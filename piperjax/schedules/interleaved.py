@@ -13,15 +13,7 @@ def interleaved(num_ranks: int, num_microbatches: int, num_chunks: int = 2) -> S
     Raises:
       ValueError: if M is no multiple of P or there are fewer than two chunks.
     """
-    if num_ranks > 0 and num_microbatches % num_ranks:
-        raise ValueError(
-            f"interleaved deals microbatches out in groups of the {num_ranks} pipe ranks, so their number must "
-            f"be a multiple of {num_ranks}, got {num_microbatches}; use one_f_one_b for other numbers"
-        )
-    if num_chunks < 2:
-        raise ValueError(
-            f"interleaved needs at least 2 chunks per pipe rank, got {num_chunks}; use one_f_one_b"
-        )
+    check(num_ranks, num_microbatches, num_chunks)
     total = num_microbatches * num_chunks
     ranks = []
     for rank in range(num_ranks):
@@ -47,6 +39,19 @@ def interleaved(num_ranks: int, num_microbatches: int, num_chunks: int = 2) -> S
         ranks=tuple(ranks),
         stage_of_chunk=loop_placement(num_ranks, num_chunks),
     )
+
+
+def check(num_ranks: int, num_microbatches: int, num_chunks: int) -> None:
+    """Refuses what `interleaved` cannot build, without building it."""
+    if num_ranks > 0 and num_microbatches % num_ranks:
+        raise ValueError(
+            f"interleaved deals microbatches out in groups of the {num_ranks} pipe ranks, so their number must "
+            f"be a multiple of {num_ranks}, got {num_microbatches}; use one_f_one_b for other numbers"
+        )
+    if num_chunks < 2:
+        raise ValueError(
+            f"interleaved needs at least 2 chunks per pipe rank, got {num_chunks}; use one_f_one_b"
+        )
 
 
 def _turn(turn: int, rank: int, num_ranks: int, num_chunks: int) -> tuple[int, int]:

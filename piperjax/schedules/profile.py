@@ -101,7 +101,7 @@ def profile(
         return _counted(name, P, M, num_chunks, slots)
     if registry.is_file(name) or registry.canonical(name) == "auto":
         return _counted(name, P, M, num_chunks, slots)
-    check_exists(name, P, M)
+    registry.check(name, P, M, num_chunks)
     if P <= LARGEST_BUILT_RANKS:
         base, more = (_counted(name, P, m, num_chunks, slots) for m in (steady, steady + P))
         share = (M - steady) / P
@@ -127,24 +127,6 @@ def profile(
             (-left, _counted(name, many, flat, num_chunks, slots)),
         ]
     return _sum(shares, num_microbatches=M)
-
-
-def check_exists(name: str, num_ranks: int, num_microbatches: int) -> None:
-    """Refuses what the builder would refuse, without building it.
-
-    Raises:
-      ValueError: if the schedule does not exist for so many microbatches.
-    """
-    name = registry.canonical(name)
-    if name == "interleaved" and num_microbatches % num_ranks:
-        raise ValueError(
-            f"an interleaved schedule needs a multiple of its {num_ranks} pipe ranks as microbatches, got "
-            f"{num_microbatches}"
-        )
-    if name == "dualpipe_v" and num_microbatches < 2 * num_ranks:
-        raise ValueError(
-            f"dualpipe_v needs at least two microbatches per pipe rank, {2 * num_ranks} in all, got {num_microbatches}"
-        )
 
 
 @lru_cache(maxsize=1024)

@@ -12,13 +12,21 @@ from pathlib import Path
 
 from piperjax.schedules.auto import auto
 from piperjax.schedules.classic import gpipe, one_f_one_b
+from piperjax.schedules.dualpipe import check as check_dualpipe_v
 from piperjax.schedules.dualpipe import dualpipe_v
+from piperjax.schedules.interleaved import check as check_interleaved
 from piperjax.schedules.interleaved import interleaved
-from piperjax.schedules.schedule import Schedule, parse
+from piperjax.schedules.schedule import Schedule, loop_placement, parse, v_placement
 from piperjax.schedules.v_shaped import v_half, v_min, zb_v
 from piperjax.schedules.zero_bubble import zb_dual, zb_h1, zb_h2
 
 FILE_ENDINGS = (".txt", ".csv")
+Placement = tuple[tuple[int, ...], ...]
+
+
+def _on_a_v(num_ranks: int, num_chunks: int) -> Placement:
+    del num_chunks  # Down the ranks and back up: always 2.
+    return v_placement(num_ranks)
 
 
 @dataclass(frozen=True)
@@ -29,25 +37,29 @@ class Entry:
       builder: builds it.
       num_chunks: stages per pipe rank, or the default if they can be chosen.
       takes_chunks: whether the number can be chosen.
+      check: refuses numbers `(num_ranks, num_microbatches, num_chunks)` that the builder cannot build.
+      placement: stages of each rank by `(num_ranks, num_chunks)`; None where only the builder knows.
     """
 
     builder: Callable[..., Schedule]
     num_chunks: int = 1
     takes_chunks: bool = False
+    check: Callable[[int, int, int], None] | None = None
+    placement: Callable[[int, int], Placement] | None = loop_placement
 
 
 ENTRIES = {
     "gpipe": Entry(gpipe),
     "one_f_one_b": Entry(one_f_one_b),
-    "interleaved": Entry(interleaved, num_chunks=2, takes_chunks=True),
+    "interleaved": Entry(interleaved, num_chunks=2, takes_chunks=True, check=check_interleaved),
     "zb_h1": Entry(zb_h1),
     "zb_h2": Entry(zb_h2),
     "zb_dual": Entry(zb_dual),
-    "zb_v": Entry(zb_v, num_chunks=2),
-    "v_half": Entry(v_half, num_chunks=2),
-    "v_min": Entry(v_min, num_chunks=2),
-    "dualpipe_v": Entry(dualpipe_v, num_chunks=2),
-    "auto": Entry(auto, num_chunks=2, takes_chunks=True),
+    "zb_v": Entry(zb_v, num_chunks=2, placement=_on_a_v),
+    "v_half": Entry(v_half, num_chunks=2, placement=_on_a_v),
+    "v_min": Entry(v_min, num_chunks=2, placement=_on_a_v),
+    "dualpipe_v": Entry(dualpipe_v, num_chunks=2, check=check_dualpipe_v, placement=_on_a_v),
+    "auto": Entry(auto, num_chunks=2, takes_chunks=True, placement=None),
 }
 ALIASES = {
     "1f1b": "one_f_one_b",
@@ -106,6 +118,29 @@ def chunks_of(name: str, num_chunks: int = 0) -> int:
     if entry.takes_chunks:
         return num_chunks or entry.num_chunks
     return _agreed(name, entry.num_chunks, num_chunks)
+
+
+def check(name: str, num_ranks: int, num_microbatches: int, num_chunks: int = 0) -> int:
+    """Refuses what `build` would refuse, without building it; returns the stages per pipe rank.
+
+    Raises:
+      ValueError: if no schedule has that name, it does not exist for these numbers, or the file is broken.
+    """
+    if is_file(name):
+        return _read_for(name, num_ranks, num_microbatches, num_chunks).num_chunks
+    chunks, entry = chunks_of(name, num_chunks), ENTRIES[canonical(name)]
+    if entry.check:
+        entry.check(num_ranks, num_microbatches, chunks)
+    return chunks
+
+
+def placement(name: str, num_ranks: int, num_microbatches: int, num_chunks: int = 0) -> Placement:
+    """Stages of each pipe rank in chunk order, without building the schedule where that can be known."""
+    chunks = check(name, num_ranks, num_microbatches, num_chunks)
+    entry = None if is_file(name) else ENTRIES[canonical(name)]
+    if entry and entry.placement:
+        return entry.placement(num_ranks, chunks)
+    return build(name, num_ranks, num_microbatches, num_chunks).stage_of_chunk
 
 
 def build(name: str, num_ranks: int, num_microbatches: int, num_chunks: int = 0) -> Schedule:

@@ -1,5 +1,7 @@
 """Schedules by name and from files: aliases, hints, numbers of chunks, and one sentence for every mistake."""
 
+import re
+
 import pytest
 
 from piperjax.schedules import registry
@@ -69,3 +71,16 @@ def test_a_broken_file_is_one_sentence(tmp_path, content, words):
 def test_a_missing_file_is_one_sentence():
     with pytest.raises(ValueError, match="cannot read the schedule file no/such.txt: No such file"):
         registry.build("no/such.txt", 2, 2)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_checks_and_placements_are_those_of_the_built_schedule(name):
+    for ranks, microbatches in ((1, 1), (2, 3), (2, 4), (4, 4), (4, 8), (3, 7)):
+        try:
+            built = registry.build(name, ranks, microbatches)
+        except ValueError as error:
+            with pytest.raises(ValueError, match=re.escape(str(error))):
+                registry.check(name, ranks, microbatches)
+        else:
+            assert registry.check(name, ranks, microbatches) == built.num_chunks
+            assert registry.placement(name, ranks, microbatches) == built.stage_of_chunk
