@@ -14,7 +14,8 @@ import sys
 from math import exp, log
 
 from meshes.platform import Device, Link, Platform, load_platform
-from piperjax.planner.collectives import Group, all_to_all
+from piperjax.planner.collectives import all_to_all
+from piperjax.planner.locality import Group
 from piperjax.planner.network_simulation import simulate_all_to_all
 
 # Milliseconds (median) by bytes per pair of devices. The namespaces are on one machine of two cores, joined by a switch

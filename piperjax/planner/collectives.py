@@ -9,56 +9,16 @@ need no further correction; a level with a taper leaves that fraction to each de
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from math import ceil, gcd, log2, prod
-from typing import Any, NamedTuple, Protocol
+from math import ceil, log2
+from typing import Any
 
 import numpy as np
 
 from meshes.platform import Link, Platform
+from piperjax.planner.locality import Group, Layout, group_layout, layout_of
 
 SELF = "self"
 ALGORITHMS = ("flat", "halo2", "halo3")
-
-
-class Group(NamedTuple):
-    """Devices that talk to each other along a mesh axis.
-
-    Attributes:
-      size: members.
-      stride: devices from one member to the next.
-      num_devices: devices of the mesh, which is cut into such groups; 0 if this group is all of it.
-    """
-
-    size: int
-    stride: int = 1
-    num_devices: int = 0
-
-
-class Sizes(Protocol):
-    """Anything with the sizes of the three axes: a `Plan`, or `AxisSizes`."""
-
-    pipe: int
-    data: int
-    expert: int
-
-
-def axis_group(sizes: Sizes, axis: str) -> Group:
-    """The group of an axis: "pipe", "data", "expert", or "batch" (data x expert). Expert is innermost.
-
-    Raises:
-      ValueError: if there is no such axis.
-    """
-    pipe, data, expert = sizes.pipe, sizes.data, sizes.expert
-    groups = {
-        "pipe": (pipe, data * expert),
-        "data": (data, expert),
-        "expert": (expert, 1),
-        "batch": (data * expert, 1),
-    }
-    if axis not in groups:
-        raise ValueError(f"a group lies along one of {', '.join(groups)}, got {axis!r}")
-    return Group(*groups[axis], num_devices=pipe * data * expert)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,90 +40,6 @@ class Transfer:
     def sent_bytes(self) -> Any:
         """Bytes that leave the device."""
         return sum(sent for level, sent in self.bytes_by_level.items() if level != SELF)
-
-
-class Layout(NamedTuple):
-    """Where the members of a group sit.
-
-    Attributes:
-      members: members within one instance of each link, innermost first; the last is the whole group.
-      local: members within one node.
-    """
-
-    members: tuple[int, ...]
-    local: int
-
-    @property
-    def size(self) -> int:
-        """Members of the group."""
-        return self.members[-1] if self.members else 1
-
-    @property
-    def peers(self) -> tuple[int, ...]:
-        """Other members that a member reaches over each link as the innermost that joins them."""
-        return tuple(n - inner for inner, n in zip((1, *self.members), self.members, strict=False))
-
-
-@lru_cache(maxsize=8192)
-def group_layout(platform: Platform, group: Group) -> Layout:
-    """Where the members of a group sit on the links of a platform.
-
-    Members within one instance of a link of n devices are the largest block of consecutive members that never
-    straddles a boundary at a multiple of n: gcd(size, n / stride), or all of them if the mesh fits. Where groups
-    straddle boundaries unevenly this is the worst case.
-
-    Raises:
-      ValueError: if the mesh is larger than the platform's outermost link.
-    """
-    size, stride, num_devices = group
-    if size < 1 or stride < 1:
-        raise ValueError(f"a group needs a positive size and stride, got {size} and {stride}")
-    num_devices = max(num_devices, size * stride)
-
-    def block(boundary: int) -> int:
-        if num_devices <= boundary:
-            return size
-        return gcd(size, boundary // stride) if boundary % stride == 0 else 1
-
-    _check_reach(platform, size, num_devices)
-    return Layout(tuple(block(link.devices) for link in platform.links), block(platform.devices_per_node))
-
-
-@lru_cache(maxsize=8192)
-def factored_layout(platform: Platform, factors: tuple[int, int, int]) -> Layout:
-    """Where the members of an expert axis sit that `Platform.expert_factors` split into (group, node, local).
-
-    Raises:
-      ValueError: if the axis is larger than the platform's outermost link.
-    """
-    group, node, local = factors
-    size = prod(factors)
-    _check_reach(platform, size, size)
-
-    def block(boundary: int) -> int:
-        if boundary <= platform.devices_per_node:
-            return local if boundary == platform.devices_per_node else gcd(local, boundary)
-        if boundary == platform.switch_devices:
-            return node * local
-        return size if group == 1 or size <= boundary else gcd(size, boundary)
-
-    return Layout(tuple(block(link.devices) for link in platform.links), local)
-
-
-def _check_reach(platform: Platform, size: int, num_devices: int) -> None:
-    if size == 1:
-        return
-    if not platform.links:
-        raise ValueError(
-            f"platform '{platform.name}' describes no links, so a group of {size} devices cannot be priced; "
-            "add [[links]] to its file, or write one with `python -m piperjax measure`"
-        )
-    reach = platform.links[-1].devices
-    if num_devices > reach:
-        raise ValueError(
-            f"platform '{platform.name}' joins at most {reach} devices, got a mesh of {num_devices}; "
-            "use fewer devices or another platform"
-        )
 
 
 # --- what levels cost ------------------------------------------------------------------------------------------
@@ -247,10 +123,7 @@ def all_reduce(platform: Platform, group: Group, num_bytes: Any) -> Transfer:
 
 
 def _ring_bytes(layout: Layout, num_bytes: Any) -> list[Any]:
-    return [
-        num_bytes * (1 / inner - 1 / n)
-        for inner, n in zip((1, *layout.members), layout.members, strict=False)
-    ]
+    return [num_bytes * (1 / inner - 1 / n) for inner, n in layout.steps]
 
 
 def _ring_latency(platform: Platform, layout: Layout) -> float:
@@ -259,11 +132,8 @@ def _ring_latency(platform: Platform, layout: Layout) -> float:
 
 
 def _tree_latency(platform: Platform, layout: Layout) -> float:
-    inner, seconds = 1, 0.0
-    for n, link in zip(layout.members, platform.links, strict=True):
-        seconds += ceil(log2(n / inner)) * link.latency_seconds
-        inner = n
-    return seconds
+    levels = zip(layout.steps, platform.links, strict=True)
+    return sum(ceil(log2(n / inner)) * link.latency_seconds for (inner, n), link in levels)
 
 
 def permute(platform: Platform, group: Group, num_bytes: Any) -> Transfer:
@@ -295,16 +165,20 @@ def all_to_all(
     num_bytes: Any,
     *,
     algorithm: str = "flat",
+    chunks: int = 1,
 ) -> Transfer:
     """Every device sends `num_bytes` in equal parts to all members, itself included.
 
-    flat: one message to every other member. halo2 and halo3 are those of `halo`, with every row sent for itself.
+    flat: one message to every other member. halo2 and halo3 are those of `halo`, with every row sent for itself;
+    only halo2 can be cut into chunks.
 
     Raises:
       ValueError: if there is no such algorithm.
     """
-    layout = _layout(platform, group_or_factors)
     check_algorithm(algorithm)
+    if chunks != 1 and algorithm != "halo2":
+        raise ValueError(f"only halo2 is cut into chunks, got {chunks} for {algorithm}; leave chunks at 1")
+    layout = layout_of(platform, group_or_factors)
     part = num_bytes / layout.size
     if algorithm == "flat":
         seconds, sent = _messages(platform, layout.peers, part)
@@ -312,7 +186,7 @@ def all_to_all(
     far = part * (layout.size - layout.local)
     return halo(
         platform, group_or_factors, near_bytes=part * layout.local, far_bytes=far, spread_bytes=far,
-        striped=algorithm == "halo3",
+        striped=algorithm == "halo3", chunks=chunks,
     )  # fmt: skip
 
 
@@ -330,6 +204,7 @@ def halo(
     far_bytes: Any,
     spread_bytes: Any,
     striped: bool = False,
+    chunks: int = 1,
 ) -> Transfer:
     """The hierarchical all-to-all, in phases (Piper, section on HALO).
 
@@ -340,16 +215,24 @@ def halo(
 
     Striped, phase I also moves what leaves to a leader for each pair of nodes, local index (n + m) mod local; a device
     then sends 1 / local as many messages, local times as large.
+
+    In chunks, phase III of one runs beside phase II of the next: the longer of the two counts in full and the other
+    for one chunk, with as many times the messages.
+
+    Raises:
+      ValueError: if what is striped should be cut into chunks, which keep the same wires busy in all phases.
     """
-    layout = _layout(platform, group_or_factors)
+    if chunks < 1 or (striped and chunks > 1):
+        raise ValueError(f"phases that are not striped can be cut into chunks, one or more, got {chunks}")
+    layout = layout_of(platform, group_or_factors)
     local, num_nodes = layout.local, layout.size // layout.local
-    within = tuple(max(0, min(n, local) - min(inner, local)) for inner, n in _pairs(layout))
-    beyond = tuple(max(0, n - max(inner, local)) // local for inner, n in _pairs(layout))
+    within = tuple(max(0, min(n, local) - min(inner, local)) for inner, n in layout.steps)
+    beyond = tuple(max(0, n - max(inner, local)) // local for inner, n in layout.steps)
     if num_nodes == 1:
         seconds, sent = _messages(platform, within, near_bytes / local)
         return _transfer(platform, seconds, sent, own_bytes=near_bytes / local)
     per_node = far_bytes / (num_nodes - 1)
-    spread, sent_last = _messages(platform, within, spread_bytes / local)
+    spread, sent_last = _messages(platform, within, spread_bytes / local, chunks=chunks)
     if striped and local > 1:
         gathered, sent_first = _messages(platform, within, (near_bytes + far_bytes) / local)
         rounds = ceil((num_nodes - 1) / local)
@@ -359,25 +242,18 @@ def halo(
         sent_far = [count * per_node for count in beyond]
         seconds = gathered + crossed + spread
     else:
-        beside, sent_first = _messages(platform, within, near_bytes / local)
-        crossed, sent_far = _messages(platform, beyond, per_node)
-        seconds = _larger(beside, crossed) + spread
+        beside, sent_first = _messages(platform, within, near_bytes / local, chunks=chunks)
+        crossed, sent_far = _messages(platform, beyond, per_node, chunks=chunks)
+        crossed = _larger(beside, crossed)
+        seconds = _larger(crossed + spread / chunks, crossed / chunks + spread)
     sent = [sum(parts) for parts in zip(sent_first, sent_far, sent_last, strict=True)]
     return _transfer(platform, seconds, sent, own_bytes=near_bytes / local)
 
 
-def _layout(platform: Platform, group_or_factors: Group | tuple[int, int, int]) -> Layout:
-    if isinstance(group_or_factors, Group):
-        return group_layout(platform, group_or_factors)
-    return factored_layout(platform, tuple(group_or_factors))
-
-
-def _pairs(layout: Layout) -> list[tuple[int, int]]:
-    return list(zip((1, *layout.members), layout.members, strict=False))
-
-
-def _messages(platform: Platform, peers: Sequence[float], part_bytes: Any) -> tuple[Any, list[Any]]:
-    """Seconds and bytes by level of sending one message of `part_bytes` to each of the peers at every level.
+def _messages(
+    platform: Platform, peers: Sequence[float], part_bytes: Any, *, chunks: int = 1
+) -> tuple[Any, list[Any]]:
+    """Seconds and bytes by level of sending `part_bytes` to each of the peers at every level, in messages by chunk.
 
     A device posts one message after the other, while those already posted are on the wire; posting the first is in
     the latency. The last ends when the wire has passed all, or alone has to pass once all are posted.
@@ -387,7 +263,7 @@ def _messages(platform: Platform, peers: Sequence[float], part_bytes: Any) -> tu
     if not used:
         return 0.0 * part_bytes, sent
     furthest = used[-1][1]
-    posting = sum(count * link.message_seconds for count, link in used) - furthest.message_seconds
+    posting = chunks * sum(count * link.message_seconds for count, link in used) - furthest.message_seconds
     wire = _wire_seconds(platform, sent)
-    last = wire / sum(count for count, _ in used)
+    last = wire / (chunks * sum(count for count, _ in used))
     return furthest.latency_seconds + _larger(wire, posting + last), sent

@@ -12,17 +12,16 @@ from typing import Any, Literal, get_args
 
 from meshes.platform import Platform
 from piperjax.planner.collectives import (
-    Group,
     Transfer,
     all_gather,
     all_reduce,
     all_to_all,
-    axis_group,
     check_algorithm,
     halo,
     permute,
     reduce_scatter,
 )
+from piperjax.planner.locality import Group, axis_group
 from piperjax.planner.network_simulation import simulate_all_to_all
 from piperjax.planner.routing import expected_nodes
 
@@ -57,11 +56,13 @@ class Dispatcher:
       algorithm: the all-to-all that moves the rows.
       deduplicates: whether a token crosses to a node once, however many of its experts are there, and is copied to
         their devices inside; results are summed inside before they return.
+      chunks: parts in which rows travel, so that the exchange between nodes of one runs beside that inside of another.
     """
 
     name: str
     algorithm: str
     deduplicates: bool = False
+    chunks: int = 1
 
     def __post_init__(self):
         check_algorithm(self.algorithm)
@@ -70,6 +71,8 @@ class Dispatcher:
                 "rows are copied inside the destination node, which the flat all-to-all knows nothing of; "
                 "use halo2 or halo3 to de-duplicate"
             )
+        if self.chunks != 1 and self.algorithm != "halo2":
+            raise ValueError(f"only halo2 is cut into chunks, got {self.chunks} for {self.algorithm}")
 
 
 DISPATCHERS = {
@@ -80,6 +83,9 @@ DISPATCHERS = {
         Dispatcher(name="halo3", algorithm="halo3"),
         Dispatcher(name="halo2_dedup", algorithm="halo2", deduplicates=True),
         Dispatcher(name="halo3_dedup", algorithm="halo3", deduplicates=True),
+        Dispatcher(name="halo2_chunked", algorithm="halo2", chunks=4),
+        # What DeepEP does on NVIDIA's machines.
+        Dispatcher(name="halo2_dedup_chunked", algorithm="halo2", deduplicates=True, chunks=4),
     )
 }
 
@@ -158,10 +164,13 @@ def dispatch_transfer(
             far_bytes=(num_nodes - 1) * per_node,
             spread_bytes=(num_nodes - 1) * local * per_device,
             striped=way.algorithm == "halo3",
+            chunks=way.chunks,
         )
     most = tokens * min(experts_per_token, num_experts // num_devices)
     per_device = count(tokens * experts_per_token / num_devices, most) * row_bytes
-    return all_to_all(platform, expert_factors, num_devices * per_device, algorithm=way.algorithm)
+    return all_to_all(
+        platform, expert_factors, num_devices * per_device, algorithm=way.algorithm, chunks=way.chunks
+    )
 
 
 def best_dispatcher(

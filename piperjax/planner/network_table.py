@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from meshes.platform import Platform, known_platforms, load_platform
-from piperjax.planner.collectives import Group, all_to_all
+from piperjax.planner.collectives import all_to_all
+from piperjax.planner.locality import Group
 from piperjax.planner.network_simulation import num_messages, simulate_all_to_all
 from piperjax.planner.routing import expected_nodes
 

@@ -5,20 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from meshes.axes import AxisSizes
 from meshes.platform import Device, Link, Platform, load_platform
 from piperjax.planner.collectives import (
     ALGORITHMS,
-    Group,
     all_gather,
     all_reduce,
     all_to_all,
-    axis_group,
-    factored_layout,
-    group_layout,
+    halo,
     permute,
     reduce_scatter,
 )
+from piperjax.planner.locality import Group
 
 COLLECTIVES = (all_gather, reduce_scatter, all_reduce, permute, all_to_all)
 
@@ -41,46 +38,6 @@ TOY = Platform(
 )
 
 
-def test_where_members_sit():
-    sizes = AxisSizes(pipe=2, data=4, expert=4)
-    assert axis_group(sizes, "expert") == Group(4, 1, 32)
-    assert axis_group(sizes, "data") == Group(4, 4, 32)
-    assert axis_group(sizes, "batch") == Group(16, 1, 32)
-    assert axis_group(sizes, "pipe") == Group(2, 16, 32)
-    assert group_layout(TOY, Group(4, 1, 32)) == ((4, 4, 4), 4)
-    assert group_layout(TOY, Group(4, 4, 32)) == ((1, 2, 4), 1)
-    assert group_layout(TOY, Group(16, 1, 32)) == ((4, 8, 16), 4)
-    assert group_layout(TOY, Group(2, 16, 32)) == ((1, 1, 2), 1)
-    # Every second device: two in a node.
-    assert group_layout(TOY, Group(4, 2, 32)) == ((2, 4, 4), 2)
-    # Groups of 6 straddle nodes: 0-5 is 4 + 2 but 6-11 is 2 + 4, and blocks of two never straddle.
-    assert group_layout(TOY, Group(6, 1, 12)).members == (2, 2, 6)
-    # Alone, they start at a boundary but still cross one: as `Platform.expert_factors` has it.
-    assert group_layout(TOY, Group(6)).local == TOY.expert_factors(6, 1, 1)[2] == 2
-    # Every third device: no two are sure to share a node.
-    assert group_layout(TOY, Group(4, 3, 24)).members == (1, 1, 4)
-    assert group_layout(TOY, Group(3, 1, 3)).members == (3, 3, 3)
-
-
-def test_factors_say_the_same_as_the_axis():
-    for platform in (TOY, load_platform("frontier"), load_platform("h100_pod")):
-        for pipe, data, expert in [
-            (1, 1, 4),
-            (1, 1, 3),
-            (2, 1, 8),
-            (1, 2, 16),
-            (1, 2, 6),
-            (2, 2, 8),
-            (1, 1, 32),
-        ]:
-            factors = platform.expert_factors(expert=expert, pipe=pipe, data=data)
-            along = group_layout(platform, axis_group(AxisSizes(pipe, data, expert), "expert"))
-            layout = factored_layout(platform, factors)
-            assert layout.local == along.local and layout.members[-1] == expert
-            if platform.links[0].devices == platform.devices_per_node:
-                assert layout == along
-
-
 def test_all_to_all_by_hand():
     # 8 devices, 8 MB: parts of 1 MB. Three to the node: 3 MB at 100 GB/s; four to the other: 4 MB at 10 GB/s = 400 us.
     # Posting 3 x 1 us + 4 x 5 us is done long before.
@@ -93,6 +50,9 @@ def test_all_to_all_by_hand():
     cost = all_to_all(TOY, Group(8), 8e6, algorithm="halo2")
     assert cost.seconds == pytest.approx((10e-6 + 400e-6) + (1e-6 + 30e-6))
     assert cost.bytes_by_level == pytest.approx({"node": 6e6, "switch": 4e6, "self": 1e6})
+    # In 4 chunks all but a fourth of III runs beside II, which posts its other three messages while the wire is busy.
+    cost = all_to_all(TOY, Group(8), 8e6, algorithm="halo2", chunks=4)
+    assert cost.seconds == pytest.approx((10e-6 + 400e-6) + (1e-6 + 30e-6) / 4)
     # halo3: I moves all 8 MB inside the node, 3 parts of 2 MB; one leader of four sends 16 MB at its own 10 GB/s.
     cost = all_to_all(TOY, Group(8), 8e6, algorithm="halo3")
     assert cost.seconds == pytest.approx((1e-6 + 60e-6) + (10e-6 + 1600e-6) + (1e-6 + 30e-6))
@@ -213,8 +173,11 @@ def test_it_says_when_it_extrapolates():
             "describes no links, so a group of 2 devices",
         ),
         (lambda: all_to_all(TOY, Group(4), 1, algorithm="halo"), "one of flat, halo2, halo3, got 'halo'"),
-        (lambda: axis_group(AxisSizes(1, 1, 1), "tensor"), "one of pipe, data, expert, batch, got 'tensor'"),
-        (lambda: all_gather(TOY, Group(0), 1), "a positive size and stride, got 0 and 1"),
+        (lambda: all_to_all(TOY, Group(8), 1, chunks=2), "only halo2 is cut into chunks, got 2 for flat"),
+        (
+            lambda: halo(TOY, Group(8), near_bytes=1, far_bytes=1, spread_bytes=1, striped=True, chunks=2),
+            "got 2",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(call, words):

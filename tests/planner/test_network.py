@@ -111,7 +111,8 @@ def test_which_is_quickest_depends_on_size_and_nodes():
 
     # Few tokens: messages count. Many: the copies that de-duplication saves.
     assert best(1, (1, 16, 4)) in ("halo3", "halo3_dedup")
-    assert best(100_000, (1, 2, 4)) == "halo2_dedup"
+    assert best(100_000, (1, 2, 4)) == "halo2_dedup_chunked"
+    assert best(100_000, (1, 2, 4), candidates=("flat", "halo2", "halo2_dedup")) == "halo2_dedup"
     assert best(100_000, (1, 16, 4), candidates=("flat", "halo2", "halo3")) == "flat"
     assert best(1, (1, 16, 4), candidates=EXECUTABLE) == "flat"
     name, cost = best_dispatcher(TOY, expert_factors=(1, 2, 4), **LAYER)
@@ -167,3 +168,5 @@ def test_a_mistake_is_one_sentence(changes, words):
 def test_a_flat_exchange_cannot_de_duplicate():
     with pytest.raises(ValueError, match="use halo2 or halo3 to de-duplicate"):
         Dispatcher(name="mine", algorithm="flat", deduplicates=True)
+    with pytest.raises(ValueError, match="only halo2 is cut into chunks, got 2 for halo3"):
+        Dispatcher(name="mine", algorithm="halo3", chunks=2)

@@ -16,7 +16,8 @@ from benchmarks.network import (
 )
 from meshes.platform import Device, Link, Platform
 from piperjax.planner import network_simulation
-from piperjax.planner.collectives import Group, all_to_all
+from piperjax.planner.collectives import all_to_all
+from piperjax.planner.locality import Group
 from piperjax.planner.network_simulation import num_messages, simulate_all_to_all
 
 # Two devices a node, one interface each.
@@ -115,6 +116,8 @@ def test_chunks_and_de_duplication_help_large_sizes():
     chunked = simulate_all_to_all(platform, 8, 64e6, "halo2", chunks=4)
     assert 0.8 * whole < chunked < 0.95 * whole
     assert simulate_all_to_all(platform, 8, 64e6, "halo2", far_fraction=0.5) < 0.6 * whole
+    expected = all_to_all(platform, Group(64), 64e6, algorithm="halo2", chunks=4).seconds
+    assert expected == pytest.approx(chunked, rel=0.05)
     # Without a phase of its own what stays in the node comes later.
     assert simulate_all_to_all(platform, 8, 64e6, "halo2", near_beside=False) > whole
 

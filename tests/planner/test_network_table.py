@@ -5,7 +5,8 @@ import pytest
 from meshes.platform import load_platform
 from piperjax.__main__ import main
 from piperjax.planner import network_table
-from piperjax.planner.collectives import Group, all_to_all
+from piperjax.planner.collectives import all_to_all
+from piperjax.planner.locality import Group
 from piperjax.planner.network_simulation import simulate_all_to_all
 from piperjax.planner.network_table import table_row, with_alpha
 
