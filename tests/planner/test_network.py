@@ -5,6 +5,7 @@ from math import ceil
 
 import pytest
 
+from benchmarks.network import published_rates
 from meshes.platform import Device, Link, Platform, load_platform
 from piperjax.planner import network
 from piperjax.planner.network import (
@@ -144,6 +145,11 @@ def test_every_platform_with_a_network_can_be_priced():
         assert 0 < cost.seconds < 1
         slower = replace(platform, links=tuple(replace(way, efficiency=0.5) for way in platform.links))
         assert cost.seconds < dispatch_transfer(slower, expert_factors=factors, **LAYER).seconds
+
+
+@pytest.mark.parametrize(("label", "predicted", "published"), published_rates())
+def test_published_rates_of_de_duplicated_dispatch(label, predicted, published):
+    assert predicted == pytest.approx(published, rel=0.2), label
 
 
 def test_names_are_what_they_say():
