@@ -8,6 +8,7 @@ from models import cost
 from models.config import ModelConfig
 from piperjax.planner.partition import partition_layers
 from piperjax.schedules import registry
+from piperjax.schedules.profile import Profile, profile
 from piperjax.schedules.schedule import Schedule
 from piperjax.schedules.ticks import TickTable, pack
 
@@ -135,6 +136,11 @@ class Plan:
     def stages_of_rank(self) -> tuple[tuple[int, ...], ...]:
         """Stages of each pipe rank, in chunk order."""
         return registry.placement(self.schedule, self.pipe, self.num_microbatches, self.num_chunks)
+
+    def profile(self) -> Profile:
+        """Counts of the schedule, without building it at its full size."""
+        slots = "overlap" if self.overlap else None
+        return profile(self.schedule, self.pipe, self.num_microbatches, self.num_chunks, slots)
 
     def tick_table(self) -> TickTable:
         """The table that is executed."""

@@ -5,25 +5,19 @@ executor runs it, or asynchronously, as the literature does. Embedding, head, gr
 priced as the executor runs them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
+
+import numpy as np
 
 from meshes.platform import Platform
 from models import cost
 from models.config import ModelConfig, MoEFFN
 from piperjax.planner.layer_time import LayerSeconds, layer_seconds
-from piperjax.planner.network import (
-    Group,
-    Rows,
-    all_gather,
-    all_reduce,
-    axis_group,
-    dispatch_transfer,
-    permute,
-    reduce_scatter,
-)
+from piperjax.planner.network import Rows, all_reduce, axis_group, dispatch_transfer, permute
 from piperjax.planner.plan import Plan
+from piperjax.planner.step_end import itemsize_of, step_end_seconds
 from piperjax.planner.work import FLOAT32_BYTES
 from piperjax.schedules.timeline import ActionCosts, Timeline, lockstep, simulate
 
@@ -122,7 +116,7 @@ def action_costs(
 ) -> ActionCosts:
     """Seconds of every action by stage, for the clocks of `schedules.timeline`."""
     stages = stage_seconds(model, plan, platform, dtype=dtype, imbalance=imbalance, rows=rows)
-    activation_bytes = tokens_per_device(plan) * model.d_model * _itemsize(dtype)
+    activation_bytes = tokens_per_device(plan) * model.d_model * itemsize_of(dtype)
     # A tick sends an activation on and a gradient back, one after the other.
     transfer = 2 * permute(platform, axis_group(plan, "pipe"), activation_bytes).seconds
     return ActionCosts(
@@ -133,12 +127,12 @@ def action_costs(
         exposed_forward=tuple(s.exchange_forward for s in stages),
         exposed_backward=tuple(s.exchange_backward for s in stages),
         transfer=transfer,
-        overlap=_hidden(stages, platform) if plan.overlap else 0.0,
-        **_vocabulary_seconds(model, plan, platform, dtype),
+        overlap=hidden_seconds(stages, platform) if plan.overlap else 0.0,
+        **vocabulary_seconds(model, plan, platform, dtype=dtype),
     )
 
 
-def _hidden(stages: tuple[LayerSeconds, ...], platform: Platform) -> float:
+def hidden_seconds(stages: Iterable[LayerSeconds], platform: Platform) -> float:
     """Seconds that a forward and a backward side by side save, on the stage that saves least."""
     if platform.device.concurrent_devices is not None:
         return 0.0  # Simulated devices exchange by copying: there is nothing to hide.
@@ -147,15 +141,13 @@ def _hidden(stages: tuple[LayerSeconds, ...], platform: Platform) -> float:
     )
 
 
-def _itemsize(dtype: str) -> int:
-    return {"float64": 8, "float32": FLOAT32_BYTES}.get(dtype, 2)
-
-
-def _vocabulary_seconds(model: ModelConfig, plan: Plan, platform: Platform, dtype: str) -> dict[str, float]:
+def vocabulary_seconds(
+    model: ModelConfig, plan: Plan, platform: Platform, *, dtype: str = "bfloat16"
+) -> dict[str, float]:
     """Embedding, head with loss, and gradient of the embedding of one microbatch (`runtime/vocabulary.py`)."""
     device, tokens, D = platform.device, tokens_per_device(plan), model.d_model
     base = "bfloat16" if dtype.startswith("float8") else dtype
-    itemsize, split = _itemsize(base), plan.vocabulary == "split" and plan.pipe > 1
+    itemsize, split = itemsize_of(base), plan.vocabulary == "split" and plan.pipe > 1
     vocabulary = ceil(model.vocab_size / plan.pipe) if split else model.vocab_size
     hidden_bytes = tokens * D * itemsize
     exchange = 0.0
@@ -187,51 +179,6 @@ def _join_seconds(model: ModelConfig, platform: Platform, tokens: int, dtype: st
     return 3 * model.prediction_layers * platform.device.product_seconds(tokens, D, 2 * D, dtype=dtype)
 
 
-def step_end_seconds(
-    model: ModelConfig, plan: Plan, platform: Platform, *, dtype: str = "bfloat16"
-) -> tuple[float, float]:
-    """Seconds once per step: exchange of gradients and parameters, and the optimizer, on the rank with most of them.
-
-    Gradients are reduce-scattered in float32, the optimizer works on a device's share (ZeRO-1), and parameters are
-    gathered in the compute dtype: of experts along data, of everything else along data and expert.
-    """
-    counted, device = cost.parameters(model), platform.device
-    batch, data = axis_group(plan, "batch"), axis_group(plan, "data")
-    outer = (counted.embedding + counted.head) / plan.pipe
-    dense, experts = [], []
-    for held in _layers_by_rank(plan):
-        layers = [counted.layers[index] for index in held]
-        dense.append(outer + sum(layer.total - layer.experts for layer in layers))
-        experts.append(sum(layer.experts for layer in layers) / plan.expert)
-    exchange = optimizer = 0.0
-    for own, shared in set(zip(dense, experts, strict=True)):
-        seconds = _reduced(platform, batch, own, dtype) + _reduced(platform, data, shared, dtype)
-        exchange = max(exchange, seconds)
-        share = own / batch.size + shared / data.size
-        # Read: gradient, master, two moments; written: the last three. Before it accumulators are zeroed, and the
-        # compute copy is cast.
-        num_bytes = 7 * FLOAT32_BYTES * share + (FLOAT32_BYTES + _itemsize(dtype)) * (own + shared)
-        optimizer = max(optimizer, device.stream_seconds(num_bytes))
-    return exchange, optimizer
-
-
-def _layers_by_rank(plan: Plan) -> list[list[int]]:
-    """Numbers of the layers that each pipe rank holds."""
-    schedule = plan.build_schedule()
-    first, held = 0, [[] for _ in range(plan.pipe)]
-    for stage, count in enumerate(plan.layers_per_stage):
-        held[schedule.rank_of_stage[stage]] += range(first, first + count)
-        first += count
-    return held
-
-
-def _reduced(platform: Platform, group: Group, parameters: float, dtype: str) -> float:
-    if group.size == 1 or not parameters:
-        return 0.0
-    gradients = reduce_scatter(platform, group, parameters * FLOAT32_BYTES).seconds
-    return gradients + all_gather(platform, group, parameters * _itemsize(dtype)).seconds
-
-
 def estimate_time(
     model: ModelConfig,
     plan: Plan,
@@ -250,26 +197,20 @@ def estimate_time(
       platform: the machine.
       dtype: of the operands of products.
       imbalance: rows of the device with the busiest experts over the mean.
-      clock: "lockstep" as the executor runs it, "async" where ranks only wait for what they need.
+      clock: "lockstep" as the executor runs it, "profile" for the same from counts instead of the table, as if all
+        stages cost what the slowest does, "async" where ranks only wait for what they need.
       rows: whether dispatch sends its "static" buffers, as the executor does, or "exact" rows.
 
     Raises:
       ValueError: if the platform does not say how fast something is, or the clock is unknown.
     """
     costs = action_costs(model, plan, platform, dtype=dtype, imbalance=imbalance, rows=rows)
-    if clock == "lockstep":
-        table = plan.tick_table()
-        timeline = lockstep(table, costs)
-        transfers = len(table.ticks) * costs.transfer * (plan.pipe > 1)
-        waiting = _shared_cores(plan, platform, costs)
-    elif clock == "async":
-        costs = replace(costs, transfer=costs.transfer / 2)
-        timeline = simulate(plan.build_schedule(), costs)
-        transfers = waiting = 0.0
+    if clock == "profile":
+        parts = _profiled(plan, platform, costs)
+    elif clock in ("lockstep", "async"):
+        parts = _timed(plan, platform, costs, clock)
     else:
-        raise ValueError(f"the clock of an estimate is lockstep or async, got {clock!r}")
-    parts = _busiest_rank(timeline, costs, clock) | {"pipeline_transfer": transfers}
-    parts["bubble"] = max(0.0, timeline.step_seconds - sum(parts.values())) + waiting
+        raise ValueError(f"the clock of an estimate is lockstep, profile or async, got {clock!r}")
     reduction, optimizer = step_end_seconds(model, plan, platform, dtype=dtype)
     parts |= {"gradient_reduction": reduction, "optimizer": optimizer}
     step = sum(parts.values())
@@ -286,6 +227,49 @@ def estimate_time(
         uncertainty_fraction=uncertainty(platform, parts) + UNCERTAINTY_OUTSIDE_RANGE * bool(notes),
         notes=notes,
     )
+
+
+def _timed(plan: Plan, platform: Platform, costs: ActionCosts, clock: str) -> dict[str, float]:
+    """Parts of a step from its own schedule."""
+    transfers = waiting = 0.0
+    if clock == "lockstep":
+        table = plan.tick_table()
+        timeline = lockstep(table, costs)
+        transfers = len(table.ticks) * costs.transfer * (plan.pipe > 1)
+        waiting = _shared_cores(plan, platform, costs)
+    else:
+        costs = replace(costs, transfer=costs.transfer / 2)
+        timeline = simulate(plan.build_schedule(), costs)
+    parts = _busiest_rank(timeline, costs, clock) | {"pipeline_transfer": transfers}
+    return parts | {"bubble": max(0.0, timeline.step_seconds - sum(parts.values())) + waiting}
+
+
+def _profiled(plan: Plan, platform: Platform, costs: ActionCosts) -> dict[str, float]:
+    """Parts of a step from the counts of its schedule, where a table would take long to build."""
+    counted = plan.profile()
+    by_stage = np.array([costs.forward, costs.backward, costs.input_gradient, costs.weight_gradient]).T
+    exposed = np.array([costs.exposed_forward, costs.exposed_backward]).T
+    pace = by_stage + np.stack([exposed[:, 0], exposed[:, 1], exposed[:, 1], 0 * exposed[:, 0]], axis=1)
+    kinds = [0, 2, 3] if counted.splits_backward else [0, 1]
+    slowest = pace[pace[:, kinds].sum(axis=1).argmax()]
+    seconds = float(counted.seconds(np.append(slowest, costs.overlap)))
+    hidden = costs.overlap * counted.side_by_side
+    held = [list(stages) for stages in plan.stages_of_rank]
+    busiest = max(held, key=lambda stages: pace[stages][:, kinds].sum())
+    M = plan.num_microbatches
+    outer = costs.embedding + costs.head + costs.embedding_gradient
+    parts = {
+        "compute": M * float(by_stage[busiest][:, kinds].sum()),
+        "exposed_all_to_all": M * float(exposed[busiest].sum()) - hidden,
+        "head": M * outer,
+        "pipeline_transfer": counted.num_ticks * costs.transfer,
+    }
+    all_ranks = M * plan.data * plan.expert * float(pace[:, kinds].sum())
+    shared = float(platform.device.together_seconds(seconds, all_ranks))
+    everybody = plan.data * plan.expert * (plan.pipe if plan.vocabulary == "split" else 1)
+    shared += M * (float(platform.device.together_seconds(outer, everybody * outer)) - outer)
+    busy = parts["compute"] + parts["exposed_all_to_all"]
+    return parts | {"bubble": max(0.0, shared - busy)}
 
 
 def _busiest_rank(timeline: Timeline, costs: ActionCosts, clock: str) -> dict[str, float]:

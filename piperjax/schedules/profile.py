@@ -68,6 +68,16 @@ class Profile:
     num_microbatches: int
     slots: Slots
 
+    @property
+    def splits_backward(self) -> bool:
+        """Whether backward is split into input and weight gradients."""
+        return bool(self.works[..., Work._fields.index("weight_gradient")].any())
+
+    @property
+    def side_by_side(self) -> float:
+        """Ticks in which a forward and a backward of different microbatches share a rank."""
+        return float(self.counts @ self.works[..., Work._fields.index("side_by_side")].max(-1))
+
     def seconds(self, stage_seconds: np.ndarray) -> np.ndarray:
         """Seconds of all ticks, without exchanges, embedding and head.
 
