@@ -1,0 +1,188 @@
+"""How long a step of another framework takes: the same layers, exchanges and platforms, its own schedule and habits.
+
+Other frameworks differ from our executor where this file says so: ranks wait only for what they need, rows travel
+without padding, little is recomputed, gradients are reduced behind the backward pass, heads may be shared by `tensor`
+devices, and software takes time beside what the device must do.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from meshes.platform import Platform
+from models import cost
+from models.config import ModelConfig
+from piperjax.planner.layer_time import LayerSeconds, price_layer
+from piperjax.planner.partition import partition_layers
+
+
+class Software(NamedTuple):
+    """What a release of a framework does beside matrix products.
+
+    Attributes:
+      streams: seconds of memory-bound work over those of one pass of fused kernels; the host waiting for row counts
+        and kernels that are not fused show here.
+      exposed: part of the expert exchanges that nothing hides.
+      dispatcher: how rows reach their experts, of `network.DISPATCHERS`.
+      launch_seconds: host seconds per product of a layer, which bound a layer of few tokens.
+    """
+
+    streams: float = 1.0
+    exposed: float = 1.0
+    dispatcher: str = "flat"
+    launch_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run of another framework.
+
+    Attributes:
+      model: the model, prediction layers included if they are trained.
+      platform: where it runs.
+      devices: how many it takes.
+      tensor, context, pipe, virtual, expert: degrees; `virtual` stages per pipe rank. Experts are not divided by
+        `tensor`; they are shared by consecutive devices.
+      microbatch: sequences of one microbatch of one data-parallel group.
+      global_batch: sequences of a step.
+      seq_len: tokens of a sequence.
+      dtype: of products.
+      memory_mode: what is recomputed, as in a plan.
+      capacity_factor: rows of an expert over the balanced number; 0 drops nothing.
+      software: habits of the framework.
+    """
+
+    model: ModelConfig
+    platform: Platform
+    devices: int
+    tensor: int = 1
+    context: int = 1
+    pipe: int = 1
+    virtual: int = 1
+    expert: int = 1
+    microbatch: int = 1
+    global_batch: int = 1
+    seq_len: int = 4096
+    dtype: str = "bfloat16"
+    memory_mode: str = "stash"
+    capacity_factor: float = 0.0
+    software: Software = Software()
+
+    def __post_init__(self):
+        if self.devices % (self.tensor * self.context * self.pipe):
+            raise ValueError(
+                f"{self.devices} devices do not divide by tensor {self.tensor} x context {self.context} x pipe {self.pipe}"
+            )
+        if self.devices // self.pipe % self.expert:
+            raise ValueError(f"{self.devices // self.pipe} devices of a stage do not divide by expert {self.expert}")
+        if self.global_batch % (self.microbatch * self.groups):
+            raise ValueError(
+                f"a batch of {self.global_batch} does not divide into microbatches of {self.microbatch} on "
+                f"{self.groups} data-parallel groups"
+            )
+
+    @property
+    def groups(self) -> int:
+        """Data-parallel groups."""
+        return self.devices // (self.tensor * self.context * self.pipe)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of a step."""
+        return self.global_batch // (self.microbatch * self.groups)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of one microbatch on one device."""
+        return self.microbatch * self.seq_len / (self.tensor * self.context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Seconds of a step, and useful work.
+
+    Attributes:
+      step_seconds: one step.
+      tokens_per_second: per device.
+      flop_per_second: useful, per device.
+      layer: seconds of all layers for one microbatch, by kind of work.
+      bubble_fraction: part of the step that the busiest rank waits.
+    """
+
+    step_seconds: float
+    tokens_per_second: float
+    flop_per_second: float
+    layer: LayerSeconds
+    bubble_fraction: float
+
+
+def predict(run: Run) -> Prediction:
+    """Prices one step.
+
+    The busiest rank computes all its microbatches, and waits `(P - 1) / v` of one microbatch's time of all stages
+    over P, the bubble of interleaved 1F1B.
+    """
+    model, layers = run.model, _layers(run)
+    seconds = [_layer_total(run, layer) for layer in layers]
+    seconds[-1] += _head_seconds(run)
+    stages = partition_layers(tuple(seconds), run.pipe * run.virtual)
+    by_rank, first = [0.0] * run.pipe, 0
+    for stage, count in enumerate(stages):
+        by_rank[stage % run.pipe] += sum(seconds[first : first + count])
+        first += count
+    busy = run.num_microbatches * max(by_rank)
+    bubble = (run.pipe - 1) / run.virtual * sum(by_rank) / run.pipe
+    step = busy + bubble + _optimizer_seconds(run)
+    tokens = run.global_batch * run.seq_len / (step * run.devices)
+    return Prediction(
+        step_seconds=step,
+        tokens_per_second=tokens,
+        flop_per_second=tokens * cost.flop_per_token(model, run.seq_len).step,
+        layer=sum(layers, LayerSeconds()),
+        bubble_fraction=bubble / step,
+    )
+
+
+def _layers(run: Run) -> list[LayerSeconds]:
+    factors = run.platform.expert_factors(
+        expert=run.expert, pipe=run.pipe, data=run.devices // (run.pipe * run.expert)
+    )
+    return [
+        price_layer(
+            run.model.d_model,
+            layer,
+            run.platform,
+            tokens=run.tokens,
+            seq_len=run.seq_len,
+            expert_factors=factors,
+            dtype=run.dtype,
+            memory_mode=run.memory_mode,
+            dispatcher=run.software.dispatcher,
+            rows="exact",
+            capacity_factor=run.capacity_factor,
+            tensor=run.tensor,
+        )
+        for layer in run.model.layers + run.model.layers[-1:] * run.model.prediction_layers
+    ]
+
+
+def _layer_total(run: Run, layer: LayerSeconds) -> float:
+    software = run.software
+    exchanges = software.exposed * (layer.exchange_forward + layer.exchange_backward)
+    return layer.dense + layer.experts + layer.attention + software.streams * layer.streams + exchanges
+
+
+def _head_seconds(run: Run) -> float:
+    """Head and loss, forward and backward, for every token that is predicted; and what joins prediction layers."""
+    device, D, tokens = run.platform.device, run.model.d_model, run.tokens * run.tensor
+    vocabulary, dtype = run.model.vocab_size / run.tensor, "bfloat16"
+    shapes = [(tokens, vocabulary, D), (tokens, D, vocabulary), (vocabulary, D, tokens)]
+    head = sum(device.product_seconds(*shape, dtype=dtype) for shape in shapes)
+    head += device.stream_seconds(5.5 * 4 * tokens * vocabulary)
+    join = 3 * device.product_seconds(run.tokens, D, 2 * D, dtype=dtype)
+    return head * (1 + run.model.prediction_layers) + join * run.model.prediction_layers
+
+
+def _optimizer_seconds(run: Run) -> float:
+    """Update of a device's share; gradients and parameters travel behind the backward and the forward pass."""
+    share = cost.parameters(run.model).total / run.devices
+    return run.platform.device.stream_seconds(28 * share)
