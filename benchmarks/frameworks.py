@@ -23,13 +23,14 @@ class Software(NamedTuple):
         and kernels that are not fused show here.
       exposed: part of the expert exchanges that nothing hides.
       dispatcher: how rows reach their experts, of `network.DISPATCHERS`.
-      launch_seconds: host seconds per product of a layer, which bound a layer of few tokens.
+      host_seconds: what the host needs to launch the kernels of one layer, forward and backward; a layer of few tokens
+        takes as long.
     """
 
     streams: float = 1.0
     exposed: float = 1.0
     dispatcher: str = "flat"
-    launch_seconds: float = 0.0
+    host_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +169,8 @@ def _layers(run: Run) -> list[LayerSeconds]:
 def _layer_total(run: Run, layer: LayerSeconds) -> float:
     software = run.software
     exchanges = software.exposed * (layer.exchange_forward + layer.exchange_backward)
-    return layer.dense + layer.experts + layer.attention + software.streams * layer.streams + exchanges
+    device = layer.dense + layer.experts + layer.attention + software.streams * layer.streams + exchanges
+    return max(device, software.host_seconds)
 
 
 def _head_seconds(run: Run) -> float:

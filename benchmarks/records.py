@@ -26,6 +26,10 @@ BRIDGE_HOPPER_EXPOSED = 0.65
 # Experts that drop what exceeds their capacity have static shapes, so that nothing waits for row counts; such runs
 # use plain all-to-alls.
 DROPPING = Software(streams=0.9, exposed=1.0, dispatcher="flat")
+# Primus: seconds that the host needs for a layer; with less than two sequences of 4,096 tokens on a device, steps of
+# DeepSeek-V2-Lite do not become shorter. DeepEP hides or saves this part of the exchanges.
+PRIMUS_HOST_SECONDS = 14e-3
+PRIMUS_DEEPEP_EXPOSED = 0.6
 
 
 class Unknown(ValueError):
@@ -226,4 +230,46 @@ def _folding(row: Mapping[str, Any]) -> Record:
 
 
 def _primus(row: Mapping[str, Any]) -> Record:
-    raise Unknown("not yet")
+    """Primus on MI355X: rows are variants, each on top of those before it in its table."""
+    par, variant = _degrees(row["par"]), row["variant"]
+    chunks = re.search(r"VPP(\d+)", variant)
+    virtual = int(chunks.group(1)) if chunks else (3 if variant == "+sync-free" else 1)
+    run = Run(
+        model=model_of(row["model"]),
+        platform=platform_of(row["hw"]),
+        devices=row["gpus"],
+        tensor=par.get("TP", 1),
+        pipe=par.get("PP", 1),
+        virtual=virtual if par.get("PP", 1) > 1 else 1,
+        expert=par.get("EP", 1),
+        microbatch=row.get("mbs") or par.get("MBS", 1),
+        # Not published for the small model, and without a pipeline it matters little.
+        global_batch=row.get("gbs") or 8 * row["gpus"] * row["mbs"],
+        seq_len=row["seq"],
+        dtype=_dtype(row["prec"]),
+        software=_primus_software(row["model"], variant),
+    )
+    return Record(
+        label=f"{row['model']} {run.microbatch} x {row['seq']} {row['gpus']} devices {variant}",
+        platform=run.platform.name,
+        unit="tokens/s",
+        published=row["tok_s_gpu"],
+        run=run,
+        group=run.platform.name,
+    )
+
+
+def _primus_software(model: str, variant: str) -> Software:
+    """Optimisations in the order in which each table adds them; those of Bridge's releases without and with waits."""
+    order = {
+        "deepseek-v2-lite": ("baseline", "+loss fusion", "+DeepEP", "+sync-free", "+NUMA/launch", "MBS14"),
+        "deepseek-v2": ("1F1B base", "+loss fusion", "+DeepEP", "+launch/NUMA", "+VPP3", "+sync-free", "+VPP5"),
+    }[model]
+    if variant not in order:
+        raise Unknown(f"variant {variant!r} of Primus is not described; there are {', '.join(order)}")
+    reached = order.index(variant)
+    return Software(
+        streams=DROPPING.streams if reached >= order.index("+sync-free") else BRIDGE_STREAMS["26.02"],
+        exposed=PRIMUS_DEEPEP_EXPOSED if reached >= order.index("+DeepEP") else 1.0,
+        host_seconds=PRIMUS_HOST_SECONDS,
+    )
