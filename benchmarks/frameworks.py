@@ -40,6 +40,7 @@ class Run:
     Attributes:
       model: the model, prediction layers included if they are trained.
       platform: where it runs.
+      software: habits of the framework.
       devices: how many it takes.
       tensor, context, pipe, virtual, expert: degrees; `virtual` stages per pipe rank. Experts are not divided by
         `tensor`; they are shared by consecutive devices.
@@ -49,11 +50,11 @@ class Run:
       dtype: of products.
       memory_mode: what is recomputed, as in a plan.
       capacity_factor: rows of an expert over the balanced number; 0 drops nothing.
-      software: habits of the framework.
     """
 
     model: ModelConfig
     platform: Platform
+    software: Software
     devices: int
     tensor: int = 1
     context: int = 1
@@ -66,15 +67,17 @@ class Run:
     dtype: str = "bfloat16"
     memory_mode: str = "stash"
     capacity_factor: float = 0.0
-    software: Software = Software()
 
     def __post_init__(self):
         if self.devices % (self.tensor * self.context * self.pipe):
             raise ValueError(
-                f"{self.devices} devices do not divide by tensor {self.tensor} x context {self.context} x pipe {self.pipe}"
+                f"{self.devices} devices do not divide by tensor {self.tensor} x context {self.context} x pipe "
+                f"{self.pipe}"
             )
         if self.devices // self.pipe % self.expert:
-            raise ValueError(f"{self.devices // self.pipe} devices of a stage do not divide by expert {self.expert}")
+            raise ValueError(
+                f"{self.devices // self.pipe} devices of a stage do not divide by expert {self.expert}"
+            )
         if self.global_batch % (self.microbatch * self.groups):
             raise ValueError(
                 f"a batch of {self.global_batch} does not divide into microbatches of {self.microbatch} on "

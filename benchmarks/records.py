@@ -1,7 +1,7 @@
 """Published measurements as runs that can be priced: what a row says, and what is known of the framework it ran on.
 
-A row is a JSON object of one of the forms below; what a form leaves unsaid is filled in here, the same for all its rows.
-A row that cannot be understood becomes a reason, never a traceback.
+A row is a JSON object of one of the forms below; what a form leaves unsaid is filled in here, the same for all its
+rows. A row that cannot be understood becomes a reason, never a traceback.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ PRIMUS_HOST_SECONDS = 14e-3
 PRIMUS_DEEPEP_EXPOSED = 0.6
 
 
-class Unknown(ValueError):
+class UnknownRowError(ValueError):
     """A row that cannot be priced, and why."""
 
 
@@ -61,7 +61,7 @@ def read(row: Mapping[str, Any]) -> Record:
     """The measurement of a row.
 
     Raises:
-      Unknown: if its form, model, platform or parallelism is not known.
+      UnknownRowError: if its form, model, platform or parallelism is not known.
     """
     source = str(row.get("source") or row.get("src") or "")
     try:
@@ -72,40 +72,40 @@ def read(row: Mapping[str, Any]) -> Record:
         if "Primus" in source and "tok_s_gpu" in row:
             return _primus(row)
     except KeyError as error:
-        raise Unknown(f"the row has no field {error}") from None
-    except Unknown:
+        raise UnknownRowError(f"the row has no field {error}") from None
+    except UnknownRowError:
         raise
     except (ValueError, TypeError) as error:
-        raise Unknown(str(error)) from None
-    raise Unknown("not a form of measurement of throughput with known parallelism")
+        raise UnknownRowError(str(error)) from None
+    raise UnknownRowError("not a form of measurement of throughput with known parallelism")
 
 
 def platform_of(text: str) -> Platform:
     """The machine whose kind of device a text names, such as "H100-80 SXM" or "gb300".
 
     Raises:
-      Unknown: if no file describes it.
+      UnknownRowError: if no file describes it.
     """
     words = re.findall(r"[a-z]+\d+[a-z]*|frontier", str(text).lower())
     words = ["frontier" if word == "mi250x" else word for word in words]
     for name in known_platforms():
         if name.split("_")[0] in words:
             return load_platform(name)
-    raise Unknown(f"no platform file describes {text!r}")
+    raise UnknownRowError(f"no platform file describes {text!r}")
 
 
 def model_of(name: str) -> ModelConfig:
     """The model of a row.
 
     Raises:
-      Unknown: if there is no such preset.
+      UnknownRowError: if there is no such preset.
     """
     plain = str(name).lower().replace("-", "_").replace(".", "_")
     if plain in PRESETS:
         return preset(plain)
     if plain in _OTHERS:
         return _OTHERS[plain]()
-    raise Unknown(f"no model named {name!r} is described")
+    raise UnknownRowError(f"no model named {name!r} is described")
 
 
 def _fine_grained_8x22b() -> ModelConfig:
@@ -144,12 +144,16 @@ def _dtype(precision: str) -> str:
         return "bfloat16"
     if "FP8" in text:
         return "float8_e4m3fn"
-    raise Unknown(f"precision {precision!r} is not described")
+    raise UnknownRowError(f"precision {precision!r} is not described")
 
 
 def _bridge(row: Mapping[str, Any], source: str) -> Record:
     """Megatron Bridge: DeepSeek-V3 trains its prediction layer unless the variant says otherwise."""
-    platform, model, variant = platform_of(row["platform"]), model_of(row["model"]), str(row.get("variant", ""))
+    platform, model, variant = (
+        platform_of(row["platform"]),
+        model_of(row["model"]),
+        str(row.get("variant", "")),
+    )
     if model.name == "deepseek_v3" and "w/o" not in variant:
         model = dataclasses.replace(model, prediction_layers=1)
     release = re.search(r"\b(\d\d\.\d\d)", source)
@@ -201,9 +205,9 @@ def _folding(row: Mapping[str, Any]) -> Record:
     """MoE Parallel Folding (arXiv 2504.14960), Table 3: dropping experts, microbatches of one sequence."""
     degrees = _degrees(row["par"])
     if "FSDP" in row["strategy"]:
-        raise Unknown("parameters gathered layer by layer (FSDP) are not modelled")
+        raise UnknownRowError("parameters gathered layer by layer (FSDP) are not modelled")
     if degrees.get("ETP") != 1 and degrees.get("TP", 1) > 1:
-        raise Unknown("experts divided by the tensor axis are not modelled")
+        raise UnknownRowError("experts divided by the tensor axis are not modelled")
     model, platform = model_of(row["model"]), platform_of(row["hw"])
     run = Run(
         model=model,
@@ -263,10 +267,18 @@ def _primus_software(model: str, variant: str) -> Software:
     """Optimisations in the order in which each table adds them; those of Bridge's releases without and with waits."""
     order = {
         "deepseek-v2-lite": ("baseline", "+loss fusion", "+DeepEP", "+sync-free", "+NUMA/launch", "MBS14"),
-        "deepseek-v2": ("1F1B base", "+loss fusion", "+DeepEP", "+launch/NUMA", "+VPP3", "+sync-free", "+VPP5"),
+        "deepseek-v2": (
+            "1F1B base",
+            "+loss fusion",
+            "+DeepEP",
+            "+launch/NUMA",
+            "+VPP3",
+            "+sync-free",
+            "+VPP5",
+        ),
     }[model]
     if variant not in order:
-        raise Unknown(f"variant {variant!r} of Primus is not described; there are {', '.join(order)}")
+        raise UnknownRowError(f"variant {variant!r} of Primus is not described; there are {', '.join(order)}")
     reached = order.index(variant)
     return Software(
         streams=DROPPING.streams if reached >= order.index("+sync-free") else BRIDGE_STREAMS["26.02"],
