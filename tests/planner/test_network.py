@@ -143,7 +143,7 @@ def test_every_platform_with_a_network_can_be_priced():
         factors = platform.expert_factors(expert=64, pipe=4, data=1)
         cost = dispatch_transfer(platform, expert_factors=factors, **LAYER)
         assert 0 < cost.seconds < 1
-        slower = replace(platform, links=tuple(replace(way, efficiency=0.5) for way in platform.links))
+        slower = replace(platform, links=tuple(replace(way, efficiency=0.1) for way in platform.links))
         assert cost.seconds < dispatch_transfer(slower, expert_factors=factors, **LAYER).seconds
 
 
