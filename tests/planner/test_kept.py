@@ -1,0 +1,107 @@
+"""Closed forms of what layers keep against what the passes are found to keep by tracing them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.cases import make_executor
+from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN, Router
+from piperjax.planner.kept import Share, kept_bytes, tap_bytes
+from piperjax.planner.plan import MEMORY_MODES
+from piperjax.runtime import passes, step
+
+ATTENTION = GroupedQueryAttention(num_heads=6, num_kv_heads=3, head_dim=14)
+FFN = DenseFFN(d_ff=52)
+MOE = MoEFFN(num_experts=8, experts_per_token=3, d_ff=62)
+
+
+def dense(**changes):
+    return LayerConfig(attention=dataclasses.replace(ATTENTION, **changes), ffn=FFN)
+
+
+def moe(**changes):
+    return LayerConfig(attention=ATTENTION, ffn=dataclasses.replace(MOE, **changes))
+
+
+LAYERS = {
+    "dense": dense(),
+    "head norm": dense(qk_norm="head"),
+    "full norm": dense(qk_norm="full"),
+    "bias": dense(bias="all"),
+    "gelu": LayerConfig(attention=ATTENTION, ffn=DenseFFN(d_ff=52, num_matrices=2)),
+    "moe": moe(),
+    "gelu experts": moe(num_matrices=2),
+    "shared": moe(shared_d_ff=46),
+    "gated": moe(shared_d_ff=46, shared_gate="sigmoid"),
+    "residual": moe(dense_residual_d_ff=34),
+    "z loss": moe(router=Router(z_loss_coefficient=0.1)),
+    "raw gates": moe(router=Router(gates="raw")),
+    "sigmoid": moe(router=Router(score="sigmoid")),
+    "balanced by bias": moe(router=Router(score="sigmoid", balance="bias")),
+    "one expert": moe(experts_per_token=1),
+}
+CASES = [
+    dict(expert=1, capacity_factor=0.0, dtype="bfloat16"),
+    dict(expert=2, capacity_factor=0.0, dtype="bfloat16"),
+    dict(expert=2, capacity_factor=0.0, dtype="float32"),
+    dict(expert=2, capacity_factor=1.25, dtype="bfloat16"),
+]
+
+
+def traced(monkeypatch, layer, memory_mode, *, expert, capacity_factor, dtype):
+    """Bytes that the passes of a layer keep and hand over, per microbatch, on two sequences of 24 tokens."""
+    model = ModelConfig(name="traced", d_model=40, vocab_size=56, layers=(layer, layer))
+    executor = make_executor(
+        model,
+        pipe=2,
+        expert=expert,
+        schedule="zb_h1",
+        num_microbatches=2,
+        microbatch_size=2,
+        seq_len=24,
+        memory_mode=memory_mode,
+        dtype=dtype,
+    )
+    plan = dataclasses.replace(executor.plan, capacity_factor=capacity_factor)
+    executor = dataclasses.replace(executor, plan=plan)
+    found = []
+
+    class Recorded(passes.LayerPasses):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            found.append((self.kept, self.taps))
+
+    monkeypatch.setattr(step, "LayerPasses", Recorded)
+    shape = (2, plan.microbatch_size, 24)
+    names = ("tokens", "targets", "positions", "segment_ids")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    bias = jax.ShapeDtypeStruct((len(model.moe_layers), model.num_experts), jnp.float32)
+    jax.eval_shape(executor.gradients, executor.abstract_params, bias, batch)
+    ((kept, taps),) = found
+    return tuple(sum(one.size * one.dtype.itemsize for one in arrays) for arrays in (kept, taps))
+
+
+@pytest.mark.parametrize("memory_mode", MEMORY_MODES)
+@pytest.mark.parametrize("name", ["dense", "moe", "shared", "residual"])
+def test_bytes_are_those_of_the_traced_passes(monkeypatch, name, memory_mode):
+    check(monkeypatch, name, memory_mode, CASES[1] if "ffn" in name or name != "dense" else CASES[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("memory_mode", MEMORY_MODES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_bytes_are_those_of_the_traced_passes_for_every_layer(monkeypatch, name, memory_mode, case):
+    if isinstance(LAYERS[name].ffn, DenseFFN) and (case["expert"] > 1 or case["capacity_factor"]):
+        pytest.skip("a dense layer dispatches nothing")
+    check(monkeypatch, name, memory_mode, case)
+
+
+def check(monkeypatch, name, memory_mode, case):
+    layer = LAYERS[name]
+    share = Share(sequences=2, seq_len=24, **case)
+    counted = tuple(count(40, layer, share, memory_mode) for count in (kept_bytes, tap_bytes))
+    assert counted == traced(monkeypatch, layer, memory_mode, **case)

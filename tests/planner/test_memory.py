@@ -1,0 +1,59 @@
+"""The memory of plans: slots of schedules, and sums that must hold."""
+
+import pytest
+
+from models.presets import preset
+from piperjax.planner import memory
+from piperjax.planner.memory import Slots, estimate_memory, peak_memory
+from piperjax.planner.plan import Plan
+from piperjax.schedules import registry
+
+
+def make_plan(model, *, pipe=1, data=1, expert=1, num_microbatches=8, chunks=1, **options):
+    stages = pipe * chunks
+    quotient, rest = divmod(model.num_layers, stages)
+    return Plan(
+        pipe=pipe,
+        data=data,
+        expert=expert,
+        expert_factors=(1, 1, expert),
+        num_microbatches=num_microbatches,
+        layers_per_stage=tuple(quotient + (stage < rest) for stage in range(stages)),
+        batch_size=num_microbatches * data * expert,
+        **{"schedule": "one_f_one_b", "seq_len": 64, **options},
+    )
+
+
+def test_slots_of_1f1b_drawn_out():
+    plan = make_plan(preset("tiny"), pipe=4, num_microbatches=8)
+    # Forwards run 2 P - 1 ahead in ticks with a forward and a backward; what arrives is used at once.
+    assert memory.slot_counts(plan) == Slots(inputs=1, gradients=1, stash=7, taps=0)
+
+
+@pytest.mark.parametrize("schedule", registry.names())
+def test_slots_of_small_tables_tell_those_of_large_ones(schedule):
+    for pipe, num_microbatches in ((4, 28), (3, 24), (24, 24 * 5)):
+        if schedule == "auto":
+            continue
+        try:
+            exact = memory._lowered_slots(schedule, pipe, num_microbatches, 0, False)
+        except ValueError:
+            continue
+        told = memory._slot_counts(schedule, pipe, num_microbatches, 0, False)
+        assert all(t >= e and t <= 1.1 * e + 1 for t, e in zip(told, exact, strict=True)), (told, exact)
+
+
+def test_state_is_counted_once_and_shrinks_with_the_data_axis():
+    model = preset("tiny")
+    one, four = (estimate_memory(model, make_plan(model, data=data), dtype="float32")[0] for data in (1, 4))
+    assert one.total == pytest.approx(sum(one.terms.values()))
+    assert four.parameters == pytest.approx(one.parameters / 4, rel=1e-3)
+    assert four.moments == 2 * four.parameters
+    assert four.gradients == one.gradients
+    assert peak_memory(model, make_plan(model), dtype="float32") == one.total
+
+
+def test_a_backend_that_nobody_compiles_for_is_named():
+    model = preset("tiny")
+    with pytest.raises(ValueError, match="backend must be one of gpu, cpu, got 'tpu'"):
+        estimate_memory(model, make_plan(model), backend="tpu")
