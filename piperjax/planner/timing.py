@@ -17,6 +17,7 @@ from models.config import ModelConfig, MoEFFN
 from piperjax.planner.layer_time import LayerSeconds, layer_seconds
 from piperjax.planner.network import Rows, all_reduce, axis_group, dispatch_transfer, permute
 from piperjax.planner.plan import Plan
+from piperjax.planner.shared_cores import at_once, on_shared_cores
 from piperjax.planner.step_end import itemsize_of, step_end_seconds
 from piperjax.planner.work import FLOAT32_BYTES
 from piperjax.schedules.timeline import ActionCosts, Timeline, lockstep, simulate
@@ -150,9 +151,7 @@ def vocabulary_seconds(
     itemsize, split = itemsize_of(base), plan.vocabulary == "split" and plan.pipe > 1
     vocabulary = ceil(model.vocab_size / plan.pipe) if split else model.vocab_size
     hidden_bytes = tokens * D * itemsize
-    exchange = 0.0
-    if split:
-        exchange = all_reduce(platform, axis_group(plan, "pipe"), hidden_bytes).seconds
+    exchange = vocabulary_exchange_seconds(model, plan, platform, dtype=dtype)
     logits = tokens * vocabulary * FLOAT32_BYTES
     head = (
         device.product_seconds(tokens, vocabulary, D, dtype=base)
@@ -171,6 +170,17 @@ def vocabulary_seconds(
         "head": head * (1 + model.prediction_layers) + _join_seconds(model, platform, tokens, base),
         "embedding_gradient": device.stream_seconds(gradient) + exchange,
     }
+
+
+def vocabulary_exchange_seconds(
+    model: ModelConfig, plan: Plan, platform: Platform, *, dtype: str = "bfloat16"
+) -> float:
+    """One exchange of the activations of a microbatch between pipe ranks that each hold a part of the vocabulary."""
+    if plan.vocabulary != "split" or plan.pipe == 1:
+        return 0.0
+    base = "bfloat16" if dtype.startswith("float8") else dtype
+    hidden_bytes = tokens_per_device(plan) * model.d_model * itemsize_of(base)
+    return all_reduce(platform, axis_group(plan, "pipe"), hidden_bytes).seconds
 
 
 def _join_seconds(model: ModelConfig, platform: Platform, tokens: int, dtype: str) -> float:
@@ -206,12 +216,19 @@ def estimate_time(
     """
     costs = action_costs(model, plan, platform, dtype=dtype, imbalance=imbalance, rows=rows)
     if clock == "profile":
-        parts = _profiled(plan, platform, costs)
+        parts = _profiled(plan, costs)
     elif clock in ("lockstep", "async"):
-        parts = _timed(plan, platform, costs, clock)
+        parts = _timed(plan, costs, clock)
     else:
         raise ValueError(f"the clock of an estimate is lockstep, profile or async, got {clock!r}")
     reduction, optimizer = step_end_seconds(model, plan, platform, dtype=dtype)
+    if platform.device.concurrent_devices is not None:
+        # One for the embedding, three for the head, one for the gradient of the embedding.
+        exchange = (2 + 3 * (1 + model.prediction_layers)) * vocabulary_exchange_seconds(
+            model, plan, platform, dtype=dtype
+        )
+        parts = on_shared_cores(parts, plan, platform, costs, head_exchange=exchange)
+        optimizer = at_once(platform, plan.num_devices * optimizer)
     parts |= {"gradient_reduction": reduction, "optimizer": optimizer}
     step = sum(parts.values())
     notes = _notes(model, plan, platform, imbalance, rows)
@@ -229,22 +246,21 @@ def estimate_time(
     )
 
 
-def _timed(plan: Plan, platform: Platform, costs: ActionCosts, clock: str) -> dict[str, float]:
+def _timed(plan: Plan, costs: ActionCosts, clock: str) -> dict[str, float]:
     """Parts of a step from its own schedule."""
-    transfers = waiting = 0.0
+    transfers = 0.0
     if clock == "lockstep":
         table = plan.tick_table()
         timeline = lockstep(table, costs)
         transfers = len(table.ticks) * costs.transfer * (plan.pipe > 1)
-        waiting = _shared_cores(plan, platform, costs)
     else:
         costs = replace(costs, transfer=costs.transfer / 2)
         timeline = simulate(plan.build_schedule(), costs)
     parts = _busiest_rank(timeline, costs, clock) | {"pipeline_transfer": transfers}
-    return parts | {"bubble": max(0.0, timeline.step_seconds - sum(parts.values())) + waiting}
+    return parts | {"bubble": max(0.0, timeline.step_seconds - sum(parts.values()))}
 
 
-def _profiled(plan: Plan, platform: Platform, costs: ActionCosts) -> dict[str, float]:
+def _profiled(plan: Plan, costs: ActionCosts) -> dict[str, float]:
     """Parts of a step from the counts of its schedule, where a table would take long to build."""
     counted = plan.profile()
     by_stage = np.array([costs.forward, costs.backward, costs.input_gradient, costs.weight_gradient]).T
@@ -264,12 +280,8 @@ def _profiled(plan: Plan, platform: Platform, costs: ActionCosts) -> dict[str, f
         "head": M * outer,
         "pipeline_transfer": counted.num_ticks * costs.transfer,
     }
-    all_ranks = M * plan.data * plan.expert * float(pace[:, kinds].sum())
-    shared = float(platform.device.together_seconds(seconds, all_ranks))
-    everybody = plan.data * plan.expert * (plan.pipe if plan.vocabulary == "split" else 1)
-    shared += M * (float(platform.device.together_seconds(outer, everybody * outer)) - outer)
     busy = parts["compute"] + parts["exposed_all_to_all"]
-    return parts | {"bubble": max(0.0, shared - busy)}
+    return parts | {"bubble": max(0.0, seconds - busy)}
 
 
 def _busiest_rank(timeline: Timeline, costs: ActionCosts, clock: str) -> dict[str, float]:
@@ -289,25 +301,6 @@ def _busiest_rank(timeline: Timeline, costs: ActionCosts, clock: str) -> dict[st
         head = sum(costs.edge_seconds(action, schedule.num_stages) for action in actions)
         hidden = alone + head - busy
     return {"compute": alone - exposed, "exposed_all_to_all": exposed - hidden, "head": head}
-
-
-def _shared_cores(plan: Plan, platform: Platform, costs: ActionCosts) -> float:
-    """Seconds that lockstep ticks last longer because simulated devices share the cores of a host.
-
-    Idle ranks leave their share to the others, so that only ticks with much work in all are longer.
-    """
-    device = platform.device
-    if device.concurrent_devices is None:
-        return 0.0
-    beside, extra = plan.data * plan.expert, 0.0
-    for row in plan.tick_table().ticks:
-        work = [sum(costs.seconds(action) for action in actions) for actions in row]
-        extra += float(device.together_seconds(max(work), beside * sum(work))) - max(work)
-    # All ranks work on embedding and head together, with a share of the vocabulary each or with all of it on one.
-    outer = costs.embedding + costs.head + costs.embedding_gradient
-    everybody = plan.pipe if plan.vocabulary == "split" else 1
-    together = float(device.together_seconds(outer, beside * everybody * outer))
-    return extra + plan.num_microbatches * (together - outer)
 
 
 def uncertainty(platform: Platform, parts: Mapping[str, float]) -> float:

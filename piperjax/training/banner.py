@@ -13,10 +13,17 @@ from piperjax.planner.plan import Plan
 from piperjax.training.config import TrainConfig
 from piperjax.training.metrics import gib, si
 from piperjax.training.optimizer import Moments
+from piperjax.training.prediction import Prediction
 
 
 def banner(
-    config: TrainConfig, platform: Platform, abstract_params: Any, data: str, *, notes: Sequence[str] = ()
+    config: TrainConfig,
+    platform: Platform,
+    abstract_params: Any,
+    data: str,
+    *,
+    prediction: Prediction,
+    notes: Sequence[str] = (),
 ) -> str:
     """Returns the lines that describe a run under its plan.
 
@@ -25,6 +32,7 @@ def banner(
       platform: the machine.
       abstract_params: `Executor.abstract_params`.
       data: one line about the text.
+      prediction: what is expected of the plan.
       notes: lines on how the plan came about.
     """
     plan, tokens = config.plan, config.tokens_per_step
@@ -37,7 +45,9 @@ def banner(
         f"{_count(plan.microbatch_size, 'sequence')}, {plan.dispatch} dispatch, {_capacity(plan)}, {config.dtype}",
         "stages": " | ".join(_stages(config.model, plan)),
         "plan": f"\n{'':10}".join(notes),
-        "memory": f"per device {gib(params_bytes)} parameters, {gib(len(Moments._fields) * params_bytes)} optimizer",
+        "memory": f"per device {gib(params_bytes)} parameters, {gib(len(Moments._fields) * params_bytes)} optimizer; "
+        f"{prediction.memory_line()}",
+        "time": prediction.time_line(),
         "batch": f"{plan.batch_size} sequences x {plan.seq_len} = {tokens:,} tokens per step; "
         f"{config.steps:,} steps = {si(tokens * config.steps)} tokens",
         "data": data,

@@ -230,7 +230,8 @@ def run(args: argparse.Namespace) -> int:
         simulate_devices(args.devices)
     distributed.initialize(group)
 
-    from piperjax.training.loop import find_platform, train
+    from piperjax.training.loop import train
+    from piperjax.training.machine import find_platform
 
     devices = distributed.first_devices(args.devices)
     platform = find_platform(config.platform, devices)

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import jax
 
 from meshes.mesh import build_mesh
-from meshes.platform import Platform, detect_platform, load_platform
+from meshes.platform import Platform
 from models import cost
 from piperjax.planner.plan import default_plan
 from piperjax.runtime.executor import Executor
@@ -20,6 +20,7 @@ from piperjax.training.checkpoint import Checkpoints
 from piperjax.training.config import TrainConfig
 from piperjax.training.data import Dataset, TrainBatches, load_dataset, open_tokenizer
 from piperjax.training.interrupt import Interrupt
+from piperjax.training.machine import find_platform
 from piperjax.training.metrics import (
     MetricsFile,
     Printer,
@@ -31,6 +32,7 @@ from piperjax.training.metrics import (
     step_record,
     validation_line,
 )
+from piperjax.training.prediction import Prediction, predict, verdict
 from piperjax.training.run_directory import RunLock, make_run_directory
 from piperjax.training.run_file import check_same_run, write_run_file
 from piperjax.training.state import StepMetrics, TrainState, init_state, make_evaluate, make_train_step
@@ -70,26 +72,6 @@ class TrainResult:
     def records(self) -> list[Record]:
         """Every record of the run so far, earlier processes included."""
         return read_metrics(self.config.out)
-
-
-def find_platform(name: str, devices: Sequence[jax.Device]) -> Platform:
-    """Returns the named machine description, or for "auto" the one that the devices are recognised by."""
-    if name != "auto":
-        return load_platform(name)
-    first = devices[0]
-    here = sum(device.process_index == first.process_index for device in devices)
-    memory = (
-        (first.memory_stats() or {}).get("bytes_limit")
-        if first.process_index == jax.process_index()
-        else None
-    )
-    return detect_platform(
-        first.platform,
-        first.device_kind,
-        num_devices=len(devices),
-        devices_per_process=here,
-        memory_bytes=memory,
-    )
 
 
 def train(
@@ -147,7 +129,9 @@ class _Run:
 
     Attributes:
       step: steps done; `state` is the state after them.
+      prediction: what is expected of the plan.
       validation: the last validation record.
+      seconds: of every step of this process; the first has more to do.
       clock: when the last step ended, seconds of `time.perf_counter`.
     """
 
@@ -162,7 +146,9 @@ class _Run:
     state: TrainState
     step: int
     evaluate: Callable[..., Any]
+    prediction: Prediction
     validation: Record | None = None
+    seconds: list[float] = field(default_factory=list)
     clock: float = field(default_factory=time.perf_counter)
 
     def validate(self) -> Record | None:
@@ -210,7 +196,9 @@ def _prepare(
     printer = Printer(mode, num_steps=config.steps, stream=stream)
     cleanup.callback(printer.close)
     dataset = _load_text(config, report=printer.line)
-    printer.line(banner.banner(config, platform, executor.abstract_params, dataset.describe(), notes=notes))
+    prediction = predict(config, platform, backend=devices[0].platform)
+    about = {"prediction": prediction, "notes": notes}
+    printer.line(banner.banner(config, platform, executor.abstract_params, dataset.describe(), **about))
     make_run_directory(config.out)
     if distributed.is_writer():
         cleanup.enter_context(closing(RunLock(config.out)))
@@ -219,7 +207,8 @@ def _prepare(
     metrics_file = None
     if distributed.is_writer():
         metrics_file = cleanup.enter_context(closing(MetricsFile(Path(config.out), resume_step=step)))
-        write_run_file(config, platform=asdict(platform), devices=_describe_devices(devices))
+        found = {"devices": _describe_devices(devices), "prediction": prediction.to_dict()}
+        write_run_file(config, platform=asdict(platform), **found)
     return _Run(
         config=config,
         executor=executor,
@@ -229,6 +218,7 @@ def _prepare(
             flop=config.tokens_per_step * cost.flop_per_token(config.model, plan.seq_len).step,
             num_devices=len(devices),
             peak_flop_per_second=platform.device.known_peak(config.dtype) or 0.0,
+            predicted_step_seconds=prediction.step_seconds or 0.0,
         ),
         checkpoints=checkpoints,
         metrics_file=metrics_file,
@@ -237,6 +227,7 @@ def _prepare(
         state=state,
         step=step,
         evaluate=make_evaluate(executor),
+        prediction=prediction,
     )
 
 
@@ -349,6 +340,7 @@ def _finish(run: _Run, step: int, metrics: StepMetrics) -> bool:
     metrics = jax.device_get(metrics)
     now = time.perf_counter()
     record = step_record(metrics, step=step, step_seconds=now - run.clock, work=run.work)
+    run.seconds.append(now - run.clock)
     run.clock = now
     if not is_finite(metrics):
         saved = run.checkpoints.latest_step
@@ -387,6 +379,8 @@ def _pause(run: _Run, *, is_last: bool) -> None:
             validation_loss=None if validated is None else validated["validation_loss"],
         )
     if is_last:
+        if said := verdict(run.prediction, run.seconds[1:]):
+            run.printer.line(f"time      {said}")
         run.checkpoints.wait()
     if is_complete:
         run.printer.line(f"saved     step {step}; for text: python -m piperjax sample --run {config.out}")

@@ -31,18 +31,26 @@ FIXED = (
 _DERIVED = ("out", "plan.expert_factors", "plan.layers_per_stage")
 
 
-def write_run_file(config: TrainConfig, *, platform: Mapping[str, Any], devices: Mapping[str, Any]) -> None:
+def write_run_file(
+    config: TrainConfig,
+    *,
+    platform: Mapping[str, Any],
+    devices: Mapping[str, Any],
+    prediction: Mapping[str, Any] | None = None,
+) -> None:
     """Writes run.json into the run directory, whole or not at all.
 
     Args:
       config: the resolved configuration, plan included.
       platform: the machine description.
       devices: what the run found: backend, kind, number of devices and processes.
+      prediction: what the planner expects of the plan: seconds and memory.
     """
     content = {
         "config": config.to_dict(),
         "platform": platform,
         "devices": devices,
+        "prediction": prediction,
         "versions": {"python": host.python_version(), **_versions()},
         "git_commit": _git_commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

@@ -111,6 +111,7 @@ def test_a_run_learns_and_leaves_everything_behind(train, tmp_path):
     assert "mesh      pipe 1 x data 2 x expert 1 = 2 devices" in output
     printed = [line.split()[1] for line in output.splitlines() if line.startswith("step") and "|" in line]
     assert printed == ["1/30", "5/30", "10/30", "15/30", "20/30", "25/30", "30/30"]
+    assert "\ntime      a step took " in output and " predicted, give or take " in output
     assert "unigram entropy" in output and output.endswith(
         f"saved     step 30; for text: python -m piperjax sample --run {tmp_path}/run\n"
     )
@@ -121,6 +122,8 @@ def test_run_file_resolves_the_configuration(train, tmp_path):
     content = json.loads((tmp_path / "run/run.json").read_text())
     assert read_run_file(tmp_path / "run") == result.config
     assert content["config"]["plan"]["num_microbatches"] == 2
+    assert content["prediction"]["step_seconds"] == result.records[0]["predicted_step_seconds"] > 0
+    assert content["prediction"]["memory_bytes"]["parameters"] > 0
     assert content["devices"] == {"backend": "cpu", "kind": "cpu", "num_devices": 1, "num_processes": 1}
     assert {"jax", "optax", "python"} <= content["versions"].keys()
 

@@ -1,0 +1,114 @@
+"""This file is what the planner expects of a run, and how the run compares: seconds of a step, memory of a device."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from meshes.platform import Platform
+from piperjax.planner.memory import estimate_memory
+from piperjax.planner.timing import estimate_time
+from piperjax.training.config import TrainConfig
+from piperjax.training.metrics import gib
+
+# The step that an estimate is compared with is the median of at least so many.
+FEWEST_STEPS = 3
+# Parts of a step or of memory that are named in a line.
+NAMED_PARTS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What is expected of a plan on a platform.
+
+    Attributes:
+      memory_bytes: by term, of the pipe rank that needs most.
+      capacity_bytes: memory of a device; None where it is not known.
+      step_seconds: one step; None where the platform does not say how fast it is, as are the next two.
+      uncertainty_fraction: how far off `step_seconds` may be.
+      parts: seconds by what they are spent on.
+      notes: reservations about the seconds.
+    """
+
+    memory_bytes: Mapping[str, float]
+    capacity_bytes: float | None = None
+    step_seconds: float | None = None
+    uncertainty_fraction: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total_bytes(self) -> float:
+        """Memory of the pipe rank that needs most."""
+        return sum(self.memory_bytes.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for run.json."""
+        return asdict(self)
+
+    def memory_line(self) -> str:
+        """What a device needs: "predicted 1.2 GiB of 16.0 GiB, stash 0.7 GiB, ..."."""
+        capacity = f" of {gib(self.capacity_bytes)}" if self.capacity_bytes else ""
+        return f"{gib(self.total_bytes)}{capacity} predicted in all, {_largest(self.memory_bytes, gib)}"
+
+    def time_line(self) -> str:
+        """How long a step takes and on what it is spent; "" where the platform says too little."""
+        if self.step_seconds is None:
+            return ""
+        seconds = _largest(self.parts, lambda part: f"{part / self.step_seconds:.0%}")
+        text = f"{self.step_seconds:.3g} s a step predicted, give or take {self.uncertainty_fraction:.0%}: {seconds}"
+        return "; ".join([text, *self.notes])
+
+
+def _largest(parts: Mapping[str, float], show: Callable[[float], str]) -> str:
+    """The largest parts: "compute 70%, bubble 20%"."""
+    ordered = sorted(parts.items(), key=lambda item: -item[1])[:NAMED_PARTS]
+    return ", ".join(f"{name.replace('_', ' ')} {show(value)}" for name, value in ordered if value)
+
+
+def predict(config: TrainConfig, platform: Platform, *, backend: str) -> Prediction:
+    """Returns what is expected of a run.
+
+    Args:
+      config: with a plan.
+      platform: the machine.
+      backend: "cpu" or "gpu": what the step is compiled for.
+    """
+    model, plan, device = config.model, config.plan, platform.device
+    ranks = estimate_memory(
+        model,
+        plan,
+        dtype=config.dtype,
+        backend="cpu" if backend == "cpu" else "gpu",
+        reserve_bytes=device.reserve_bytes,
+    )
+    fullest = max(ranks, key=lambda rank: rank.total)
+    seconds: dict[str, Any] = {}
+    if platform.rated(config.dtype):
+        time = estimate_time(model, plan, platform, dtype=config.dtype)
+        seconds = {
+            "step_seconds": time.step_seconds,
+            "uncertainty_fraction": time.uncertainty_fraction,
+            "parts": dict(time.parts),
+            "notes": time.notes,
+        }
+    return Prediction(memory_bytes=dict(fullest.terms), capacity_bytes=device.memory_bytes, **seconds)
+
+
+def verdict(prediction: Prediction, measured_seconds: Sequence[float]) -> str | None:
+    """Returns a sentence on how long steps took and were expected to take, None where there is too little to say.
+
+    Args:
+      prediction: what was expected.
+      measured_seconds: of every step but the first.
+    """
+    if prediction.step_seconds is None or len(measured_seconds) < FEWEST_STEPS:
+        return None
+    measured = statistics.median(measured_seconds)
+    ratio = measured / prediction.step_seconds
+    within = abs(ratio - 1) <= prediction.uncertainty_fraction
+    return (
+        f"a step took {measured:.3g} s, the median of {len(measured_seconds)}, and {prediction.step_seconds:.3g} s was "
+        f"predicted: {ratio:.2f} times as long, {'within' if within else 'outside'} the "
+        f"{prediction.uncertainty_fraction:.0%} that the rates of the platform allow"
+    )
