@@ -120,21 +120,9 @@ class Prediction:
 
 
 def predict(run: Run) -> Prediction:
-    """Prices one step.
-
-    The busiest rank computes all its microbatches, and waits `(P - 1) / v` of one microbatch's time of all stages
-    over P, the bubble of interleaved 1F1B.
-    """
+    """Prices one step: layers, head, the schedule, and the optimizer."""
     model, layers = run.model, _layers(run)
-    seconds = [_layer_total(run, layer) for layer in layers]
-    seconds[-1] += _head_seconds(run)
-    stages = partition_layers(tuple(seconds), run.pipe * run.virtual)
-    by_rank, first = [0.0] * run.pipe, 0
-    for stage, count in enumerate(stages):
-        by_rank[stage % run.pipe] += sum(seconds[first : first + count])
-        first += count
-    busy = run.num_microbatches * max(by_rank)
-    bubble = (run.pipe - 1) / run.virtual * sum(by_rank) / run.pipe
+    busy, bubble = _interleaved(run, layers)
     step = busy + bubble + _optimizer_seconds(run)
     tokens = run.global_batch * run.seq_len / (step * run.devices)
     return Prediction(
@@ -144,6 +132,18 @@ def predict(run: Run) -> Prediction:
         layer=sum(layers, LayerSeconds()),
         bubble_fraction=bubble / step,
     )
+
+
+def _interleaved(run: Run, layers: list[LayerSeconds]) -> tuple[float, float]:
+    """Seconds of work of the busiest rank, and of its bubble: `(P - 1) / v` times a rank's mean microbatch."""
+    seconds = [_layer_total(run, layer) for layer in layers]
+    seconds[-1] += _head_seconds(run)
+    by_rank, first = [0.0] * run.pipe, 0
+    for stage, count in enumerate(partition_layers(tuple(seconds), run.pipe * run.virtual)):
+        by_rank[stage % run.pipe] += sum(seconds[first : first + count])
+        first += count
+    bubble = (run.pipe - 1) / run.virtual * sum(by_rank) / run.pipe
+    return run.num_microbatches * max(by_rank), bubble
 
 
 def _layers(run: Run) -> list[LayerSeconds]:

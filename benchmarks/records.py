@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.frameworks import Run, Software
 from meshes.platform import Platform, known_platforms, load_platform
 from models import cost
-from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
+from models.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
 from models.presets import PRESETS, preset
 
 # Megatron Bridge. The same configuration became faster from release to release, in software. One number per release,
@@ -46,7 +46,6 @@ class Record:
       unit: "tokens/s" or "TFLOP/s", per device.
       published: what was measured, in that unit.
       run: what was run.
-      group: rows that are compared with each other: the platform, and the source where there are several.
     """
 
     label: str
@@ -54,7 +53,10 @@ class Record:
     unit: str
     published: float
     run: Run
-    group: str
+
+    def __post_init__(self):
+        if not isinstance(self.published, int | float) or not self.published > 0:
+            raise UnknownRowError(f"what was measured must be a positive number, got {self.published!r}")
 
 
 def read(row: Mapping[str, Any]) -> Record:
@@ -71,6 +73,9 @@ def read(row: Mapping[str, Any]) -> Record:
             return _folding(row)
         if "Primus" in source and "tok_s_gpu" in row:
             return _primus(row)
+        if "Primus" in source and "schedule" in row:
+            # benchmarks/published_schedules.py compares the order of these.
+            raise UnknownRowError("neither microbatches nor sequence length are published")
     except KeyError as error:
         raise UnknownRowError(f"the row has no field {error}") from None
     except UnknownRowError:
@@ -125,16 +130,9 @@ def _llama3_8x70b() -> ModelConfig:
     return ModelConfig(name="llama3_8x70b", d_model=8192, vocab_size=128_256, layers=layers)
 
 
-def _llama2_7b() -> ModelConfig:
-    attention = GroupedQueryAttention(num_heads=32, num_kv_heads=32, head_dim=128)
-    layers = (LayerConfig(attention=attention, ffn=DenseFFN(d_ff=11008)),) * 32
-    return ModelConfig(name="llama2_7b", d_model=4096, vocab_size=32_000, layers=layers)
-
-
 _OTHERS = {
     "mixtral_8x22b_g8t8": _fine_grained_8x22b,
     "llama3_8x70b": _llama3_8x70b,
-    "llama2_7b": _llama2_7b,
 }
 
 
@@ -145,6 +143,13 @@ def _dtype(precision: str) -> str:
     if "FP8" in text:
         return "float8_e4m3fn"
     raise UnknownRowError(f"precision {precision!r} is not described")
+
+
+def _whole(row: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = row[name] if default is None else row.get(name) or default
+    if type(value) is not int or value < 1:
+        raise UnknownRowError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return value
 
 
 def _bridge(row: Mapping[str, Any], source: str) -> Record:
@@ -162,15 +167,11 @@ def _bridge(row: Mapping[str, Any], source: str) -> Record:
     run = Run(
         model=model,
         platform=platform,
-        devices=row["devices"],
-        tensor=row.get("tensor", 1),
-        context=row.get("context", 1),
-        pipe=row.get("pipe", 1),
-        virtual=row.get("virtual", 1),
-        expert=row.get("expert", 1),
-        microbatch=row["microbatch"],
-        global_batch=row["global_batch"],
-        seq_len=row["seq"],
+        devices=_whole(row, "devices"),
+        **{name: _whole(row, name, 1) for name in ("tensor", "context", "pipe", "virtual", "expert")},
+        microbatch=_whole(row, "microbatch"),
+        global_batch=_whole(row, "global_batch"),
+        seq_len=_whole(row, "seq"),
         dtype=_dtype(row.get("precision", "BF16")),
         capacity_factor=1.0 if drops else 0.0,
         software=DROPPING if drops else software,
@@ -182,7 +183,6 @@ def _bridge(row: Mapping[str, Any], source: str) -> Record:
         unit="tokens/s",
         published=row["tokens_per_second_per_device"],
         run=run,
-        group=platform.name,
     )
 
 
@@ -196,26 +196,26 @@ def bridge_software(release: str, platform: str) -> Software:
     )
 
 
-def _degrees(text: str) -> dict[str, int]:
+def degrees(text: str) -> dict[str, int]:
     """Degrees of parallelism in a text such as "TP2 EP8 PP8 ETP1"."""
     return {word: int(number) for word, number in re.findall(r"\b([A-Z]+)(\d+)\b", text)}
 
 
 def _folding(row: Mapping[str, Any]) -> Record:
     """MoE Parallel Folding (arXiv 2504.14960), Table 3: dropping experts, microbatches of one sequence."""
-    degrees = _degrees(row["par"])
+    par = degrees(row["par"])
     if "FSDP" in row["strategy"]:
         raise UnknownRowError("parameters gathered layer by layer (FSDP) are not modelled")
-    if degrees.get("ETP") != 1 and degrees.get("TP", 1) > 1:
+    if par.get("ETP") != 1 and par.get("TP", 1) > 1:
         raise UnknownRowError("experts divided by the tensor axis are not modelled")
     model, platform = model_of(row["model"]), platform_of(row["hw"])
     run = Run(
         model=model,
         platform=platform,
         devices=row["gpus"],
-        tensor=degrees.get("TP", 1),
-        pipe=degrees.get("PP", 1),
-        expert=degrees.get("EP", 1),
+        tensor=par.get("TP", 1),
+        pipe=par.get("PP", 1),
+        expert=par.get("EP", 1),
         global_batch=row["gbs"],
         seq_len=row["seq"],
         dtype=_dtype(row["prec"]),
@@ -229,13 +229,12 @@ def _folding(row: Mapping[str, Any]) -> Record:
         unit="tokens/s",
         published=row["mfu"] / 100 * row["peak"] * 1e12 / flop,
         run=run,
-        group=f"{platform.name} folding",
     )
 
 
 def _primus(row: Mapping[str, Any]) -> Record:
     """Primus on MI355X: rows are variants, each on top of those before it in its table."""
-    par, variant = _degrees(row["par"]), row["variant"]
+    par, variant = degrees(row["par"]), row["variant"]
     chunks = re.search(r"VPP(\d+)", variant)
     virtual = int(chunks.group(1)) if chunks else (3 if variant == "+sync-free" else 1)
     run = Run(
@@ -259,7 +258,6 @@ def _primus(row: Mapping[str, Any]) -> Record:
         unit="tokens/s",
         published=row["tok_s_gpu"],
         run=run,
-        group=run.platform.name,
     )
 
 

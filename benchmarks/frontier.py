@@ -1,0 +1,278 @@
+"""Published rows of Frontier: single layers, models whose parallelism is not published, and what ran out of memory.
+
+Where a row does not say how the devices were divided, the best division is searched here: it must reach what was
+published, and should not exceed it by more than half.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from benchmarks.frameworks import Run, Software, predict
+from benchmarks.records import BRIDGE_STREAMS, DROPPING, UnknownRowError, model_of, platform_of
+from meshes.axes import divisors
+from models import cost
+from models.config import LayerConfig, ModelConfig, MoEFFN
+from piperjax.planner.layer_time import layer_seconds
+
+# Tokens per device of the single layers, which are not published.
+SINGLE_LAYER_TOKENS = 16_384
+# Sequences of a step where they are not published; those of X-MoE are.
+GLOBAL_BATCH = 1_024
+BYTES = 2  # of an element of a 16-bit type
+# Uneven exchanges make the host wait for counts (as Bridge's releases up to 26.04 do); Piper's overhead is not known.
+WAITING = Software(streams=BRIDGE_STREAMS["26.02"], dispatcher="halo2_dedup")
+STATIC = DROPPING._replace(dispatcher="halo2_dedup")
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """A framework on Frontier.
+
+    Attributes:
+      rows: copies of the rows of routed tokens that a layer keeps.
+      capacity: slots of the experts over rows.
+      mask: whether it keeps a one-hot mask [tokens, experts, slots].
+      pipelines: whether layers can be divided over pipe ranks.
+      tensor: largest number of devices that share heads.
+      divides_experts: whether these share the weights of experts, too; rows are on each of them.
+      recomputes: whether layers may be recomputed.
+      software: habits.
+    """
+
+    rows: float
+    capacity: float = 1.0
+    mask: bool = False
+    pipelines: bool = False
+    tensor: int = 1
+    divides_experts: bool = False
+    recomputes: bool = True
+    software: Software = WAITING
+
+
+# Copies of rows: dispatched, received, returned and combined (DeepSpeed-MoE), one fewer (Tutel), received and returned
+# (X-MoE). They give the 2.81, 1.95 and 1.21 GiB of a layer of X-MoE Large that X-MoE publishes in its Table 4.
+SYSTEMS = {
+    "DeepSpeed-MoE": System(rows=4, capacity=1.25, mask=True, recomputes=False),
+    "DeepSpeed-TED": System(
+        rows=4, capacity=1.25, mask=True, recomputes=False, tensor=4, divides_experts=True
+    ),
+    "Tutel": System(rows=3, capacity=1.25, recomputes=False),
+    "X-MoE": System(rows=2, tensor=8),
+    "theory": System(rows=2),
+    "Piper": System(rows=2, pipelines=True, software=STATIC),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A row of Frontier beside its prediction.
+
+    Attributes:
+      label: what was run.
+      kind: "layer", "known plan", "best plan", "memory" (GiB a layer keeps) or "fits".
+      published, predicted: in the unit of the row; for "fits" 1 if it ran, 0 if it ran out of memory.
+      note: the plan that was found, or bytes.
+    """
+
+    label: str
+    kind: str
+    published: float
+    predicted: float
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over published."""
+        return self.predicted / self.published if self.published else 1.0 + self.predicted
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the bar for this kind of row is met."""
+        if self.kind == "fits":
+            return self.published == self.predicted
+        if self.kind == "best plan":
+            return 1.0 <= self.ratio <= 1.5
+        return abs(self.ratio - 1) <= 0.2
+
+
+def outcomes(row: Mapping[str, Any]) -> Iterator[Outcome]:
+    """What a row of Piper or X-MoE says, beside what is predicted.
+
+    Raises:
+      UnknownRowError: if it is none of those, or says too little.
+    """
+    source, name = str(row.get("src", "")), str(row.get("model", ""))
+    if "Piper" not in source and "X-MoE" not in source and "2508.13337" not in source:
+        raise UnknownRowError("not a form of measurement with known parallelism")
+    if name.startswith("piper-weak"):
+        name = {"E16": "weak_110b", "E128": "weak_862b", "E256": "weak_1_7t"}.get(
+            name.rsplit(maxsplit=1)[-1], name
+        )
+    model, strategy = model_of(name), row.get("strategy", "Piper")
+    if "peak_gb_without_ssmb" in row:
+        raise UnknownRowError("read off a figure, of an unpublished number of layers")
+    if strategy not in SYSTEMS:
+        raise UnknownRowError(f"framework {strategy!r} is not described")
+    system, label = SYSTEMS[strategy], f"{strategy} {name}"
+    if "activation_per_moe_layer_gb" in row:
+        kept = SEQUENCES[name] * moe_bytes_per_token(model, system, SEQUENCES[name]) / 2**30
+        yield Outcome(
+            label=label, kind="memory", published=row["activation_per_moe_layer_gb"], predicted=kept
+        )
+    elif str(row.get("scope", "")).startswith("single layer"):
+        yield _single_layer(model, row, label)
+    else:
+        seq_len = row.get("seq") or SEQUENCES.get(name, 4096)
+        devices = row.get("gpus")
+        if devices and strategy != "Piper":
+            yield _fits(model, row, system, devices, seq_len)
+        if "tflops" in row and strategy in ("Piper", "X-MoE"):
+            yield _best_plan(model, row, system, seq_len)
+        if "tflops" in row and (strategy, name) in KNOWN_EXPERT:
+            yield _known_plan(model, row, system, KNOWN_EXPERT[strategy, name])
+
+
+# Devices that share the experts, where a paper says so (X-MoE, Table 4). What layers keep fits only if recomputed.
+KNOWN_EXPERT = {("X-MoE", "xmoe-large"): 64}
+SEQUENCES = {"xmoe-small": 2048, "xmoe-medium": 4096, "xmoe-large": 4096, "xmoe-super": 4096}
+
+
+def _single_layer(model: ModelConfig, row: Mapping[str, Any], label: str) -> Outcome:
+    platform, tokens = platform_of(row["hw"]), SINGLE_LAYER_TOKENS
+    layer = _moe_layer(model)
+    found = layer_seconds(
+        model,
+        layer,
+        platform,
+        tokens=tokens,
+        seq_len=4096,
+        expert_factors=platform.expert_factors(expert=row["gpus"], pipe=1, data=1),
+        memory_mode="stash",
+        rows="exact",
+    )
+    seconds = found.forward + found.backward + found.exchange_forward + found.exchange_backward
+    flop = 3 * cost.layer_flop(model, layer, 4096).total * tokens
+    return Outcome(label=label, kind="layer", published=row["tflops"], predicted=flop / seconds / 1e12)
+
+
+def _moe_layer(model: ModelConfig) -> LayerConfig:
+    return next(layer for layer in model.layers if isinstance(layer.ffn, MoEFFN))
+
+
+def moe_bytes_per_token(model: ModelConfig, system: System, tokens: int) -> float:
+    """Bytes that the routed part of one layer keeps per token, of `tokens` on a device."""
+    layer = _moe_layer(model)
+    kept = cost.layer_activation_bytes(model, layer, tokens)
+    k = layer.ffn.experts_per_token
+    mask = BYTES * system.capacity * tokens * k if system.mask else 0
+    return system.capacity * (system.rows * kept.dispatch + kept.experts) + mask
+
+
+def needed_bytes(model: ModelConfig, system: System, run: Run) -> float:
+    """Bytes on a device: state with ZeRO-1, what layers keep for the microbatches in flight, logits, and a reserve."""
+    counted = cost.parameters(model)
+    tensor = run.tensor
+    dense = (counted.total - counted.experts) / (run.pipe * tensor)
+    experts = counted.experts / (run.pipe * run.expert * (tensor if system.divides_experts else 1))
+    copies = max(1, run.devices // (run.pipe * run.expert))
+    state = 4 * (dense + experts) + 12 * (dense / run.groups + experts / copies)
+    layer = cost.layer_activation_bytes(model, _moe_layer(model), run.seq_len)
+    tokens = run.tokens if tensor == 1 or not system.mask else run.tokens * tensor
+    around = (layer.norms + layer.attention) / (tensor if system.mask else 1)
+    routed = moe_bytes_per_token(model, system, int(tokens))
+    one_layer = tokens * (around + routed)
+    layers = model.num_layers / run.pipe * min(run.pipe, run.num_microbatches)
+    stored = one_layer if run.memory_mode == "stash" else tokens * BYTES * model.d_model
+    kept = layers * stored + (one_layer if run.memory_mode != "stash" else 0)
+    return state + kept + 6 * tokens * model.vocab_size + run.platform.device.reserve_bytes
+
+
+def _divisions(
+    model: ModelConfig, row: Mapping[str, Any], system: System, devices: int, seq_len: int
+) -> Iterator[Run]:
+    """Every way to run the model on the devices."""
+    recompute = row.get("recompute")
+    modes = {"none": ("stash",), "full": ("layer",)}.get(recompute, ("stash", "layer"))
+    batch = row.get("gbs") or -(-GLOBAL_BATCH // devices) * devices
+    for pipe, tensor, microbatch, mode in product(
+        divisors(devices), (1, 2, 4, 8), (1, 2, 4), modes if system.recomputes else ("stash",)
+    ):
+        if (pipe > 1 and not system.pipelines) or pipe > model.num_layers or tensor > system.tensor:
+            continue
+        for expert in divisors(model.num_experts):
+            try:
+                yield Run(
+                    model=model,
+                    platform=platform_of(row["hw"]),
+                    software=system.software,
+                    devices=devices,
+                    tensor=tensor,
+                    pipe=pipe,
+                    expert=expert,
+                    microbatch=microbatch,
+                    global_batch=batch,
+                    seq_len=seq_len,
+                    memory_mode=mode,
+                )
+            except ValueError:
+                continue
+
+
+def _fits(model: ModelConfig, row: Mapping[str, Any], system: System, devices: int, seq_len: int) -> Outcome:
+    """Whether the most economical division fits; the row says whether it did."""
+    row = {"gbs": GLOBAL_BATCH, **row}
+    runs = list(_divisions(model, row, system, devices, seq_len))
+    least = min(needed_bytes(model, system, run) for run in runs)
+    return Outcome(
+        label=f"{row['strategy']} {row['model']} {devices} devices",
+        kind="fits",
+        published=float(not row.get("oom")),
+        predicted=float(least <= runs[0].platform.device.memory_bytes),
+        note=f"{least / 2**30:.1f} GiB",
+    )
+
+
+def _known_plan(model: ModelConfig, row: Mapping[str, Any], system: System, expert: int) -> Outcome:
+    run = Run(
+        model=model,
+        platform=platform_of(row["hw"]),
+        software=system.software,
+        devices=row["gpus"],
+        expert=expert,
+        global_batch=row["gbs"],
+        seq_len=SEQUENCES[row["model"]],
+        memory_mode="layer",
+    )
+    return Outcome(
+        label=f"{row['strategy']} {row['model']} {row['gpus']} devices",
+        kind="known plan",
+        published=row["tflops"],
+        predicted=predict(run).flop_per_second / 1e12,
+        note=f"expert {expert}, recomputing",
+    )
+
+
+def _best_plan(model: ModelConfig, row: Mapping[str, Any], system: System, seq_len: int) -> Outcome:
+    """The quickest division that fits; on the fewest devices that allow one where the row does not say how many."""
+    numbers = [row["gpus"]] if row.get("gpus") else [2**i for i in range(3, 12)]
+    for devices in numbers:
+        runs = [
+            run
+            for run in _divisions(model, row, system, devices, seq_len)
+            if needed_bytes(model, system, run) <= run.platform.device.memory_bytes
+        ]
+        if runs:
+            best = max(runs, key=lambda run: predict(run).flop_per_second)
+            break
+    else:
+        raise UnknownRowError("no division fits")
+    mode = "recomputing" if best.memory_mode == "layer" else "keeping everything"
+    return Outcome(
+        label=f"{row.get('strategy', 'Piper')} {row['model']} {devices} devices",
+        kind="best plan",
+        published=row["tflops"],
+        predicted=predict(best).flop_per_second / 1e12,
+        note=f"pipe {best.pipe}, expert {best.expert}, tensor {best.tensor}, {best.microbatch} sequences, {mode}",
+    )
