@@ -130,6 +130,7 @@ class Device:
       grouped_matmul: rates of the grouped products of experts.
       attention: rates of attention proper.
       launch_seconds: fixed cost of a kernel, or of an operation of a program on CPU.
+      call_seconds: fixed cost of starting a compiled program, such as a training step, on all devices of a host.
       reserve_bytes: memory that the runtime, its communication library and fragmentation keep from the program.
       host_bytes_per_second: rate of copies between host and device; None where unknown.
       concurrent_devices: devices of a host that compute at once; None where each has its own hardware.
@@ -144,6 +145,7 @@ class Device:
     grouped_matmul: Products | None = None
     attention: Attention | None = None
     launch_seconds: float = 0.0
+    call_seconds: float = 0.0
     reserve_bytes: int = 0
     host_bytes_per_second: float | None = None
     concurrent_devices: float | None = None
@@ -163,6 +165,7 @@ class Device:
                 check_rate(f"device.{name}", getattr(self, name))
         check_fraction("device.memory_efficiency", self.memory_efficiency)
         check_size("device.launch_seconds", self.launch_seconds)
+        check_size("device.call_seconds", self.call_seconds)
         check_count("device.reserve_bytes", self.reserve_bytes, least=0)
         if self.concurrent_devices is not None:
             check_rate("device.concurrent_devices", self.concurrent_devices)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from meshes.device import Attention, Device, Products
 from meshes.fields import (
@@ -33,6 +33,8 @@ __all__ = [
     "load_platform",
 ]
 
+Medium = Literal["wire", "memory"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
@@ -44,7 +46,9 @@ class Link:
       bytes_per_second: peak rate per device and direction, when few devices talk. Where devices share a network
         interface it is a device's share of it.
       latency_seconds: time for an empty message of a collective.
-      message_seconds: what each further message costs a device that posts several, as a flat all-to-all does.
+      medium: "wire", or "memory" between devices that one process simulates: they meet, and copy.
+      message_seconds: what each further message costs a device that posts several, as a flat all-to-all does; in
+        memory what each further member costs that has to come.
       efficiency: part of `bytes_per_second` that collectives reach with large messages.
       taper_fraction: part of `bytes_per_second` that is left to each device when all of them talk at once.
       smallest_bytes: smallest message that was measured; None where no range is known.
@@ -56,6 +60,7 @@ class Link:
     devices: int
     bytes_per_second: float
     latency_seconds: float
+    medium: Medium = "wire"
     message_seconds: float = 0.0
     efficiency: float = 1.0
     taper_fraction: float = 1.0
@@ -69,6 +74,10 @@ class Link:
         check_count(f"{where} devices", self.devices)
         check_rate(f"{where} bytes_per_second", self.bytes_per_second)
         check_rate(f"{where} latency_seconds", self.latency_seconds)
+        if self.medium not in get_args(Medium):
+            raise ValueError(
+                f"{where} medium must be one of {', '.join(get_args(Medium))}, got {self.medium!r}"
+            )
         check_size(f"{where} message_seconds", self.message_seconds)
         check_fraction(f"{where} efficiency", self.efficiency)
         check_fraction(f"{where} taper_fraction", self.taper_fraction)

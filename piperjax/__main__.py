@@ -1,4 +1,4 @@
-"""`python -m piperjax show | simulate | sample`: look at schedules and networks, generate text from a checkpoint."""
+"""`python -m piperjax show | simulate | measure | sample`: schedules, networks, this machine, generated text."""
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ from piperjax.schedules.draw import svg_gantt, text_gantt
 from piperjax.schedules.schedule import Schedule
 from piperjax.schedules.ticks import TickTable, pack
 from piperjax.schedules.timeline import ActionCosts, Timeline, lockstep, simulate
+from piperjax.training import measure
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_show_arguments(show)
     simulation = commands.add_parser("simulate", help="all-to-alls on a machine: flat, halo2 and halo3")
     network_table.add_arguments(simulation)
+    measurement = commands.add_parser("measure", help="time the devices at hand and write a platform file")
+    measure.add_arguments(measurement)
     sample = commands.add_parser("sample", help="generate text from a run's checkpoint")
     _add_sample_arguments(sample)
     args = parser.parse_args(argv)

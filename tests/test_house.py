@@ -22,6 +22,7 @@ PURE = (
     "meshes/device.py",
     "meshes/fields.py",
     "meshes/platform.py",
+    "meshes/writing.py",
     "piperjax/schedules/*.py",
     "piperjax/planner/*.py",
     "piperjax/training/config.py",

@@ -4,7 +4,8 @@ A mesh axis puts the members of a group at a fixed stride; the levels of the pla
 package, a node, a switch, and so on. Costs are alpha-beta per level, in closed form: O(levels), no simulation
 (`network_simulation` checks them). Every group of the mesh runs the same collective at the same time, and the
 platform's rates are per device with all devices talking, so that groups that share a node or a network interface
-need no further correction; a level with a taper leaves that fraction to each device.
+need no further correction; a level with a taper leaves that fraction to each device. Simulated devices send nothing,
+they share a memory: `shared_memory`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,14 @@ import numpy as np
 
 from meshes.platform import Link, Platform
 from piperjax.planner.locality import Group, Layout, group_layout, layout_of
+from piperjax.planner.shared_memory import (
+    PASSES_OF_ALL_TO_ALL,
+    PASSES_OF_GATHER,
+    PASSES_OF_PERMUTE,
+    meeting_seconds,
+    passes_of_all_reduce,
+    shared_link,
+)
 
 SELF = "self"
 ALGORITHMS = ("flat", "halo2", "halo3")
@@ -102,7 +111,11 @@ def all_gather(platform: Platform, group: Group, num_bytes: Any) -> Transfer:
     """
     layout = group_layout(platform, group)
     sent = _ring_bytes(layout, num_bytes)
-    return _transfer(platform, _ring_latency(platform, layout) + _wire_seconds(platform, sent), sent)
+    if memory := shared_link(platform.links, _ring_bytes(layout, 1.0)):
+        seconds = meeting_seconds(memory, layout.size, num_bytes, passes=PASSES_OF_GATHER)
+    else:
+        seconds = _ring_latency(platform, layout) + _wire_seconds(platform, sent)
+    return _transfer(platform, seconds, sent)
 
 
 def reduce_scatter(platform: Platform, group: Group, num_bytes: Any) -> Transfer:
@@ -118,8 +131,12 @@ def all_reduce(platform: Platform, group: Group, num_bytes: Any) -> Transfer:
     """
     layout = group_layout(platform, group)
     sent = [2 * part for part in _ring_bytes(layout, num_bytes)]
-    latency = 2 * min(_ring_latency(platform, layout), _tree_latency(platform, layout))
-    return _transfer(platform, latency + _wire_seconds(platform, sent), sent)
+    if memory := shared_link(platform.links, _ring_bytes(layout, 1.0)):
+        seconds = meeting_seconds(memory, layout.size, num_bytes, passes=passes_of_all_reduce(layout.size))
+    else:
+        latency = 2 * min(_ring_latency(platform, layout), _tree_latency(platform, layout))
+        seconds = latency + _wire_seconds(platform, sent)
+    return _transfer(platform, seconds, sent)
 
 
 def _ring_bytes(layout: Layout, num_bytes: Any) -> list[Any]:
@@ -152,6 +169,9 @@ def permute(platform: Platform, group: Group, num_bytes: Any) -> Transfer:
     rates = [min(link_rate(link), link_rate(link) * link.taper_fraction / share)]
     rates += [link_rate(way) for way in platform.links[:level] if way.devices > platform.devices_per_node]
     seconds = link.latency_seconds + num_bytes / min(rates)
+    if link.medium == "memory":
+        everyone = max(group.num_devices, group.size * group.stride)
+        seconds = meeting_seconds(link, everyone, num_bytes, passes=PASSES_OF_PERMUTE)
     sent = [num_bytes if i == level else 0.0 for i in range(len(platform.links))]
     return _transfer(platform, seconds, sent)
 
@@ -263,6 +283,10 @@ def _messages(
     if not used:
         return 0.0 * part_bytes, sent
     furthest = used[-1][1]
+    if furthest.medium == "memory":
+        members = 1 + sum(count for count, _ in used)
+        seconds = meeting_seconds(furthest, members, members * part_bytes, passes=PASSES_OF_ALL_TO_ALL)
+        return seconds, sent
     posting = chunks * sum(count * link.message_seconds for count, link in used) - furthest.message_seconds
     wire = _wire_seconds(platform, sent)
     last = wire / (chunks * sum(count for count, _ in used))

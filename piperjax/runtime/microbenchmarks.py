@@ -1,0 +1,280 @@
+"""This file measures what devices compute: products, attention, elementwise work, operations, calls and copies.
+
+All devices of a process work at once, as they do in training; some shapes are also run on one device alone, which
+tells whether devices share their cores. Each benchmark is a `Task`, so that a command can show its progress.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from models.attention import attend, causal_mask
+from piperjax.planner.calibration import AttentionSample, BytesSample, ProductSample
+from piperjax.runtime.grouped_matmul import grouped_matmul
+from piperjax.runtime.stopwatch import Body, Stopwatch, line_of, looped, operand
+
+# Operations of a round when the cost of a single one is measured.
+CHAIN = 16
+
+
+class Task(NamedTuple):
+    """One benchmark: the field of `Measurements` that its result belongs to, what it is, and how to run it."""
+
+    field: str
+    label: str
+    run: Callable[[], Any]
+
+
+class Layer(NamedTuple):
+    """Rows times a weight [d_in, d_out]; of each of `groups` experts, or of a dense layer if that is 0."""
+
+    rows: int
+    d_in: int
+    d_out: int
+    groups: int = 0
+
+
+class Heads(NamedTuple):
+    """Sequences of a length, their heads and the width of a head; a quarter as many keys and values."""
+
+    batch: int
+    seq_len: int
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What is measured.
+
+    Attributes:
+      layers: forward, input gradient and weight gradient are three products each.
+      heads: attention, forward and backward.
+      stream_bytes: of the arrays that elementwise work reads.
+      copy_bytes: of the arrays that are copied to a device and back.
+      dtypes: of products and attention; the first one gets all shapes, others every second.
+    """
+
+    layers: tuple[Layer, ...]
+    heads: tuple[Heads, ...]
+    stream_bytes: tuple[int, ...]
+    copy_bytes: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
+def shapes_for(backend: str, *, quick: bool) -> Shapes:
+    """Shapes for a kind of device: those of a small model on a CPU, those of large ones elsewhere."""
+    shapes = _CPU if backend == "cpu" else _GPU
+    if not quick:
+        return shapes
+    # Every list begins with those that say most.
+    dense = [layer for layer in shapes.layers if not layer.groups][:4]
+    experts = [layer for layer in shapes.layers if layer.groups][:3]
+    return replace(
+        shapes,
+        layers=(*dense, *experts),
+        heads=shapes.heads[:3],
+        stream_bytes=shapes.stream_bytes[:3],
+        copy_bytes=shapes.copy_bytes[:2],
+    )
+
+
+_CPU = Shapes(
+    layers=(
+        Layer(64, 64, 128),
+        Layer(256, 128, 512),
+        Layer(512, 256, 256),
+        Layer(128, 512, 1024),
+        Layer(16, 64, 64),
+        Layer(32, 256, 1024),
+        Layer(1024, 128, 128),
+        Layer(1024, 512, 512),
+        Layer(256, 64, 4096),
+        Layer(32, 64, 128, groups=4),
+        Layer(128, 128, 256, groups=2),
+        Layer(256, 256, 512, groups=2),
+        Layer(16, 128, 512, groups=4),
+        Layer(64, 256, 256, groups=8),
+        Layer(512, 128, 128, groups=2),
+        Layer(512, 512, 512, groups=1),
+    ),
+    heads=(
+        Heads(2, 64, 4, 32),
+        Heads(2, 256, 4, 32),
+        Heads(1, 256, 4, 64),
+        Heads(8, 32, 4, 16),
+        Heads(4, 128, 8, 32),
+        Heads(1, 1024, 4, 32),
+        Heads(1, 512, 4, 128),
+    ),
+    stream_bytes=(2**13, 2**17, 2**21, 2**15, 2**19, 2**23),
+    copy_bytes=(2**20, 2**23, 2**16, 2**26),
+    dtypes=("float32", "bfloat16"),
+)
+
+_GPU = Shapes(
+    layers=(
+        Layer(512, 2048, 2048),
+        Layer(4096, 4096, 4096),
+        Layer(8192, 4096, 14336),
+        Layer(4096, 7168, 2048),
+        Layer(128, 4096, 4096),
+        Layer(16384, 2048, 2048),
+        Layer(8192, 8192, 8192),
+        Layer(2048, 1024, 1024),
+        Layer(4096, 4096, 65536),
+        Layer(128, 2048, 1408, groups=8),
+        Layer(1024, 4096, 2048, groups=8),
+        Layer(2048, 4096, 14336, groups=2),
+        Layer(64, 7168, 2048, groups=8),
+        Layer(512, 7168, 2048, groups=8),
+        Layer(2048, 2048, 768, groups=16),
+        Layer(256, 5120, 1536, groups=4),
+    ),
+    heads=(
+        Heads(4, 1024, 16, 128),
+        Heads(1, 4096, 16, 128),
+        Heads(2, 2048, 16, 64),
+        Heads(8, 512, 16, 128),
+        Heads(1, 8192, 8, 128),
+        Heads(1, 4096, 16, 64),
+        Heads(1, 4096, 8, 256),
+    ),
+    stream_bytes=(2**16, 2**22, 2**28, 2**14, 2**18, 2**20, 2**24, 2**26, 2**30),
+    copy_bytes=(2**22, 2**28, 2**16, 2**20, 2**24, 2**30),
+    dtypes=("bfloat16", "float32"),
+)
+
+
+def compute_tasks(shapes: Shapes, stopwatch: Stopwatch, devices: Sequence[jax.Device]) -> Iterator[Task]:
+    """The benchmarks of the devices of one process."""
+    bench = _Bench(stopwatch, tuple(devices))
+    yield Task("call_seconds", "call", bench.call)
+    yield Task("launch_seconds", "operations", bench.launch)
+    for at, dtype in enumerate(shapes.dtypes):
+        for layer in shapes.layers[:: 1 if at == 0 else 2]:
+            for part in ("forward", "input gradient", "weight gradient"):
+                label = (
+                    f"{dtype} {'experts' if layer.groups else 'dense'} {'x'.join(map(str, layer[:3]))} {part}"
+                )
+                yield Task("products", label, lambda a=(layer, part, dtype): bench.product(*a))
+        for heads in shapes.heads[:: 1 if at == 0 else 2]:
+            label = f"{dtype} attention of {heads.seq_len} x {heads.head_dim}"
+            yield Task("attention", label, lambda a=(heads, dtype): bench.attention(*a))
+    if len(devices) > 1:
+        dense = [layer for layer in shapes.layers if not layer.groups]
+        for layer in dense[1:4]:
+            yield Task(
+                "alone", f"one device alone, {'x'.join(map(str, layer[:3]))}", lambda a=layer: bench.alone(a)
+            )
+    for size in shapes.stream_bytes:
+        yield Task("streams", f"elementwise, {size:,} bytes", lambda a=size: bench.stream(a))
+    for size in shapes.copy_bytes:
+        yield Task("copies", f"copies, {size:,} bytes", lambda a=size: bench.copy(a))
+
+
+@dataclass(frozen=True)
+class _Bench:
+    stopwatch: Stopwatch
+    devices: tuple[jax.Device, ...]
+
+    def call(self) -> float:
+        mesh = line_of(self.devices)
+        return self.stopwatch.call_seconds(looped(lambda x: x + 1, mesh), operand(mesh, (8,)))
+
+    def launch(self) -> float:
+        """Small operations in a row, none of which the compiler can put together with another."""
+        mesh = line_of(self.devices)
+
+        def body(x: jax.Array) -> jax.Array:
+            for _ in range(CHAIN):
+                x = lax.optimization_barrier(jnp.roll(x, 1) * 0.5)
+            return x
+
+        return self.stopwatch.seconds(looped(body, mesh), operand(mesh, (256,)), operations=CHAIN)
+
+    def product(self, layer: Layer, part: str, dtype: str) -> list[ProductSample]:
+        """One product, in the shape that rates are stated for: rows, columns, depth."""
+        body, operands, (m, n, k) = _product(layer, part, dtype)
+        return [ProductSample(m, n, k, layer.groups, dtype, self._seconds(body, operands, self.devices))]
+
+    def alone(self, layer: Layer) -> list[tuple[float, float]]:
+        body, operands, _ = _product(layer, "forward", "float32")
+        return [
+            (self._seconds(body, operands, self.devices[:1]), self._seconds(body, operands, self.devices))
+        ]
+
+    def attention(self, heads: Heads, dtype: str) -> list[AttentionSample]:
+        B, S, N, H = heads
+        K = max(1, N // 4)
+        mask = causal_mask(jnp.zeros((B, S), jnp.int32))
+
+        def forward(query, key, value):
+            return attend(query, key, value, mask)
+
+        def both(query, key, value, dy):
+            return sum(jnp.sum(part) for part in jax.vjp(forward, query, key, value)[1](dy))
+
+        operands = [((B, S, N, H), dtype), ((B, S, K, H), dtype), ((B, S, K, H), dtype)]
+        ahead = self._seconds(forward, operands, self.devices)
+        total = self._seconds(both, [*operands, ((B, S, N, H), dtype)], self.devices)
+        # The causal half of two products of [S, H] and [H, S], twice that backward.
+        flop = 2.0 * B * N * S * S * H
+        # What is kept for backward is computed with it here, and was subtracted before it was measured.
+        back = max(total - ahead, 0.2 * total)
+        return [
+            AttentionSample(flop, S, H, dtype, False, ahead),
+            AttentionSample(2 * flop, S, H, dtype, True, back),
+        ]
+
+    def stream(self, num_bytes: int) -> list[BytesSample]:
+        shape = (num_bytes // 4,)
+        seconds = self._seconds(lambda x: x * 1.0001 + 0.5, [(shape, "float32")], self.devices)
+        return [BytesSample(2.0 * num_bytes, seconds)]
+
+    def copy(self, num_bytes: int) -> list[BytesSample]:
+        """To a device and back, half of the time each."""
+        there, device = np.ones(num_bytes // 4, np.float32), self.devices[0]
+        taken = []
+        for _ in range(self.stopwatch.repeats + 1):
+            start = time.perf_counter()
+            array = jax.block_until_ready(jax.device_put(there, device))
+            np.array(array, copy=True)
+            taken.append((time.perf_counter() - start) / 2)
+        return [BytesSample(float(num_bytes), statistics.median(taken[1:]))]
+
+    def _seconds(self, body: Body, operands: Sequence[tuple], devices: Sequence[jax.Device]) -> float:
+        mesh = line_of(devices)
+        return self.stopwatch.seconds(
+            looped(body, mesh), *(operand(mesh, shape, dtype) for shape, dtype in operands)
+        )
+
+
+def _product(layer: Layer, part: str, dtype: str) -> tuple[Body, list[tuple], tuple[int, int, int]]:
+    """The body, its operands, and (m, n, k) of one of the three products of a layer."""
+    rows, d_in, d_out, groups = layer
+    total, weight = rows * max(groups, 1), (groups, d_in, d_out) if groups else (d_in, d_out)
+    x, w, dy = ((total, d_in), dtype), (weight, dtype), ((total, d_out), dtype)
+
+    def multiply(x: jax.Array, w: jax.Array) -> jax.Array:
+        sizes = jnp.full((groups,), rows, jnp.int32)
+        return grouped_matmul(x, w, sizes) if groups else x @ w
+
+    def input_gradient(w: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: multiply(x, w), jnp.zeros(*x))[1](dy)[0]
+
+    def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.vjp(lambda w: multiply(x, w), jnp.zeros(*w))[1](dy)[0]
+
+    return {
+        "forward": (multiply, [x, w], (rows, d_out, d_in)),
+        "input gradient": (input_gradient, [w, dy], (rows, d_in, d_out)),
+        "weight gradient": (weight_gradient, [x, dy], (d_in, d_out, rows)),
+    }[part]

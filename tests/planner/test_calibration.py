@@ -1,0 +1,207 @@
+"""From measurements to a platform: rates come back from what a known platform predicts, disturbed or not."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from meshes.device import Attention, Device, Products
+from meshes.platform import Link, Platform, load_platform
+from meshes.writing import platform_toml
+from piperjax.planner.calibration import (
+    AttentionSample,
+    BytesSample,
+    ExchangeSample,
+    Measurements,
+    ProductSample,
+    calibrate,
+    concurrent_devices,
+    predicted_seconds,
+)
+from piperjax.planner.network import Group
+
+TRUE = Device(
+    peak_flop_per_second={"bfloat16": 4e11, "float32": 2e11},
+    memory_bytes_per_second=2e10,
+    matmul=Products(
+        efficiency={"bfloat16": 0.8, "float32": 1.0}, half_rows=24, half_columns=40, half_depth=12
+    ),
+    grouped_matmul=Products(
+        efficiency={"bfloat16": 0.5, "float32": 0.6}, half_rows=60, half_columns=20, half_depth=8
+    ),
+    attention=Attention(
+        forward_efficiency={"float32": 0.3},
+        backward_efficiency={"float32": 0.2},
+        half_seq=100,
+        half_head_dim=20,
+    ),
+    launch_seconds=1e-6,
+)
+NODE = Link(
+    name="memory",
+    devices=4,
+    medium="memory",
+    bytes_per_second=3e9,
+    latency_seconds=4e-5,
+    message_seconds=1e-5,
+)
+WIRE = Link(name="network", devices=8, bytes_per_second=1e9, latency_seconds=2e-4, message_seconds=5e-5)
+PLATFORM = Platform(
+    name="true", description="two computers", device=TRUE, devices_per_node=4, links=(NODE, WIRE)
+)
+# What is known beforehand: the levels, and wrong rates.
+BEFORE = replace(
+    PLATFORM,
+    device=Device(),
+    links=tuple(
+        Link(name=link.name, devices=link.devices, bytes_per_second=1e8, latency_seconds=1e-3)
+        for link in PLATFORM.links
+    ),
+)
+NUM_LOCAL, CONCURRENT = 4, 1.6
+
+
+def product_samples(disturb):
+    shapes = itertools.product((16, 128, 512), (64, 512), (64, 512))
+    for (m, n, k), groups, dtype in itertools.product(shapes, (0, 4), ("float32", "bfloat16")):
+        seconds = TRUE.product_seconds(m, n, k, dtype=dtype, grouped=groups > 0, groups=max(groups, 1))
+        yield ProductSample(m, n, k, groups, dtype, disturb(NUM_LOCAL / CONCURRENT * seconds))
+
+
+def attention_samples(disturb):
+    for seq_len, head_dim, backward in itertools.product((64, 256, 1024), (16, 64), (False, True)):
+        seconds = TRUE.attention_seconds(
+            1e9, seq_len=seq_len, head_dim=head_dim, dtype="float32", backward=backward
+        )
+        yield AttentionSample(
+            1e9, seq_len, head_dim, "float32", backward, disturb(NUM_LOCAL / CONCURRENT * seconds)
+        )
+
+
+def exchange_samples(disturb):
+    samples = [
+        ExchangeSample(name, (group,), size, 1.0)
+        for name in ("permute", "all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+        for group in (Group(2, 1, 8), Group(4, 1, 8), Group(2, 4, 8), Group(8, 1, 8))
+        for size in (1e3, 1e5, 1e7)
+    ]
+    samples.append(ExchangeSample("hierarchical", (Group(4, 1, 8), Group(2, 4, 8)), 1e5, 1.0))
+    for sample, seconds in zip(samples, predicted_seconds(PLATFORM, samples), strict=True):
+        yield sample._replace(seconds=disturb(float(seconds)))
+
+
+def measurements(disturb=lambda seconds: seconds):
+    """What four devices that share 1.6 devices' worth of cores would measure."""
+    together = NUM_LOCAL / CONCURRENT
+    streams = [BytesSample(size, disturb(together * TRUE.stream_seconds(size))) for size in (1e4, 1e6, 1e8)]
+    return Measurements(
+        num_local=NUM_LOCAL,
+        alone=((1.0, together), (2.0, 2 * together)),
+        launch_seconds=TRUE.launch_seconds * together,
+        call_seconds=3e-4,
+        products=tuple(product_samples(disturb)),
+        attention=tuple(attention_samples(disturb)),
+        streams=tuple(streams),
+        exchanges=tuple(exchange_samples(disturb)),
+        copies=(BytesSample(1e6, 1e-3), BytesSample(1e7, 1e-2)),
+    )
+
+
+def test_rates_come_back():
+    calibration = calibrate(BEFORE, measurements(), shares_cores=True)
+    device = calibration.platform.device
+    assert device.concurrent_devices == CONCURRENT
+    assert device.launch_seconds == pytest.approx(1e-6)
+    assert device.call_seconds == 3e-4
+    assert device.host_bytes_per_second == 1e9
+    assert device.memory_bytes_per_second == pytest.approx(2e10, rel=0.01)
+    for m, n, k in ((32, 100, 200), (400, 300, 64)):
+        for dtype, grouped in itertools.product(("float32", "bfloat16"), (False, True)):
+            expected = TRUE.product_seconds(m, n, k, dtype=dtype, grouped=grouped, groups=3)
+            found = device.product_seconds(m, n, k, dtype=dtype, grouped=grouped, groups=3)
+            assert found == pytest.approx(expected, rel=0.02)
+    assert device.matmul.half_rows == pytest.approx(24, rel=0.05)
+    for backward in (False, True):
+        shape = dict(seq_len=512, head_dim=32, dtype="float32", backward=backward)
+        expected = TRUE.attention_seconds(1e8, **shape)
+        assert device.attention_seconds(1e8, **shape) == pytest.approx(expected, rel=0.02)
+    for found, expected in zip(calibration.platform.links, PLATFORM.links, strict=True):
+        assert found.medium == expected.medium
+        assert found.bytes_per_second == pytest.approx(expected.bytes_per_second, rel=0.02)
+        assert found.latency_seconds == pytest.approx(expected.latency_seconds, rel=0.05)
+        assert found.provenance == "measured"
+    assert all(fit.r_squared > 0.99 for fit in calibration.fits.values())
+    assert {"device.matmul", "memory", "network", "memory permute", "network hierarchical"} <= set(
+        calibration.fits
+    )
+
+
+def test_a_disturbed_sample_in_ten_changes_little():
+    rng = np.random.default_rng(1)
+    calibration = calibrate(
+        BEFORE,
+        measurements(lambda s: s * np.exp(0.03 * rng.normal()) * (6 if rng.random() < 0.1 else 1)),
+        shares_cores=True,
+    )
+    device = calibration.platform.device
+    expected = TRUE.product_seconds(256, 256, 256, dtype="float32")
+    assert device.product_seconds(256, 256, 256, dtype="float32") == pytest.approx(expected, rel=0.1)
+    for found, expected in zip(calibration.platform.links, PLATFORM.links, strict=True):
+        assert found.bytes_per_second == pytest.approx(expected.bytes_per_second, rel=0.15)
+
+
+def test_ranges_are_those_of_the_samples():
+    platform = calibrate(BEFORE, measurements(), shares_cores=True).platform
+    assert platform.device.matmul.smallest_flop == 2 * 16 * 64 * 64
+    assert platform.device.matmul.largest_flop == 2 * 512**3
+    assert not platform.device.matmul.covers(1e12)
+    assert (platform.device.attention.smallest_seq, platform.device.attention.largest_seq) == (64, 1024)
+    assert platform.links[0].covers(1e5)
+    assert not platform.links[1].covers(1e9)
+
+
+def test_the_file_reads_back(tmp_path):
+    found = calibrate(BEFORE, measurements(), shares_cores=True).platform
+    path = tmp_path / "true.toml"
+    path.write_text(platform_toml(found))
+    assert load_platform(str(path)) == found
+    assert found.rated("float32") and not found.rated("bfloat16")  # no attention was measured in bfloat16
+
+
+def test_devices_with_hardware_of_their_own_keep_their_peaks():
+    h100 = load_platform("h100_pod")
+    m, n, k = 4096, 4096, 4096
+    seconds = 2 * m * n * k / 600e12
+    samples = Measurements(
+        num_local=1,
+        products=tuple(ProductSample(m, n, c * k, 0, "bfloat16", c * seconds) for c in (1, 2)),
+        streams=(BytesSample(1e9, 1e9 / 3e12),),
+    )
+    found = calibrate(h100, samples, shares_cores=False).platform
+    assert found.device.peak_flop_per_second["bfloat16"] == 989.5e12
+    assert found.device.concurrent_devices is None
+    assert found.device.known_peak("bfloat16") == 989.5e12
+    assert found.device.product_seconds(m, n, k, dtype="bfloat16") == pytest.approx(seconds, rel=0.03)
+    assert found.device.memory_efficiency == pytest.approx(3 / 3.35, rel=0.01)
+    assert found.device.attention == h100.device.attention
+    assert found.links == h100.links
+
+
+def test_simulated_devices_have_no_peak_of_their_own():
+    found = calibrate(BEFORE, measurements(), shares_cores=True).platform
+    assert found.device.known_peak("float32") is None
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        (((1.0, 8.0), (1.0, 8.0), (1.0, 4.0)), 1.0),
+        (((1.0, 4.0),), 2.0),
+        (((1.0, 12.0),), 1.0),  # never less than one
+        (((1.0, 1.05),), 8.0),  # as good as independent
+        ((), 1.0),
+    ],
+)
+def test_concurrent_devices(ratios, expected):
+    assert concurrent_devices(Measurements(num_local=8, alone=ratios)) == expected
