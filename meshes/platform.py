@@ -140,6 +140,10 @@ class Platform:
                     f"the {self.devices_per_node} devices of a node; correct devices_per_node or the link"
                 )
 
+    def __hash__(self) -> int:
+        # Prices are remembered by platform; equal platforms have equal names.
+        return hash((self.name, self.devices_per_node))
+
     @property
     def switch_devices(self) -> int | None:
         """Devices joined by the first link that leaves the node; None if no link does."""

@@ -234,6 +234,10 @@ class ModelConfig:
                     "router statistics are one table with a row per MoE layer"
                 )
 
+    def __hash__(self) -> int:
+        # Prices are remembered by model, and hashing every layer each time would take longer than most of them.
+        return hash((self.name, self.d_model, self.vocab_size, len(self.layers)))
+
     def _moe_ffns(self) -> list[MoEFFN]:
         return [layer.ffn for layer in self.layers if isinstance(layer.ffn, MoEFFN)]
 

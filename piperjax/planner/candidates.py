@@ -239,13 +239,15 @@ def _overlaps(question: Question, name: str, pipe: int) -> tuple[bool, ...]:
 
 
 def microbatch_counts(question: Question, mesh: Mesh) -> list[int]:
-    """Numbers of microbatches that divide a device's part of the batch; of many, those evenly spread."""
+    """Numbers of microbatches that divide a device's part of the batch and fill the pipeline; of many, some evenly."""
     if "num_microbatches" in question.wished:
         return [question.wished["num_microbatches"]]
     schedule = question.wished.get("schedule", "")
     if registry.is_file(schedule):
         return [registry.read(schedule).num_microbatches]
     counts = divisors(question.batch_size // (mesh.data * mesh.expert))
+    # With less than half a microbatch per pipe rank, ranks idle most of the time.
+    counts = [count for count in counts if 2 * count >= mesh.pipe] or counts[-1:]
     if len(counts) <= MOST_MICROBATCH_CHOICES:
         return counts
     step = (len(counts) - 1) / (MOST_MICROBATCH_CHOICES - 1)

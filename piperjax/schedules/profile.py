@@ -171,14 +171,18 @@ def _parts(row: tuple[tuple[Action, ...], ...], table: TickTable) -> Iterable[fr
 
 
 def _work(done: Iterable[Action], tick: tuple[Action, ...]) -> Work:
-    kinds = Counter(action.kind for action in done)
     beside = sum(a.kind in "BI" and tick[0].kind == "F" and tick[0][1:] != a[1:] for a in done)
-    return Work(kinds["F"], kinds["B"], kinds["I"], kinds["W"], beside)
+    kinds = "".join(action.kind for action in done)
+    return Work(kinds.count("F"), kinds.count("B"), kinds.count("I"), kinds.count("W"), beside)
 
 
 def _slowest(works: Iterable[Work]) -> frozenset[Work]:
-    """Leaves out work that another rank has and more; what overlap saves does not make a rank faster than half."""
-    different = set(works)
+    return _undominated(frozenset(works))
+
+
+@lru_cache(maxsize=4096)
+def _undominated(different: frozenset[Work]) -> frozenset[Work]:
+    """Leaves out work that another rank has and more, with no more overlap to save."""
     return frozenset(
         work
         for work in different

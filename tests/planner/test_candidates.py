@@ -93,7 +93,9 @@ def test_orders_have_a_layer_for_every_stage():
 def test_microbatches_divide_a_device_part_of_the_batch():
     assert microbatch_counts(asked(), Mesh(2, 2, 4)) == [1, 2, 4, 8]
     many = microbatch_counts(asked(batch_size=5040), Mesh(16, 1, 1))
-    assert len(many) == 12 and many[0] == 1 and many[-1] == 5040
+    assert len(many) == 12 and many[0] == 8 and many[-1] == 5040
+    assert microbatch_counts(asked(batch_size=32), Mesh(16, 1, 1)) == [8, 16, 32]
+    assert microbatch_counts(asked(batch_size=4), Mesh(16, 1, 1)) == [4]
     assert microbatch_counts(asked(wished={"num_microbatches": 4}), Mesh(2, 2, 4)) == [4]
 
 
