@@ -126,6 +126,12 @@ class Order(NamedTuple):
         """How `ticks.pack` lays the schedule out."""
         return "overlap" if self.overlap else None
 
+    @property
+    def asked_chunks(self) -> int:
+        """What a plan says of the stages per rank: 0 where the schedule has its own number."""
+        is_chosen = self.schedule in registry.ENTRIES and registry.ENTRIES[self.schedule].takes_chunks
+        return self.num_chunks if is_chosen else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rejection:

@@ -4,7 +4,7 @@ Every rank runs the same program, so all of them allocate the same: buffers are 
 """
 
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from math import ceil
 from typing import NamedTuple
 
 from models.config import ModelConfig
@@ -13,9 +13,6 @@ from piperjax.planner.kept import Share, kept_bytes, tap_bytes
 from piperjax.planner.plan import Plan
 from piperjax.planner.storage import Storage, itemsize_of, kinds_of, most_layers_of_kind, storage
 from piperjax.planner.workspace import Workspace
-from piperjax.schedules import registry
-from piperjax.schedules.lower import lower
-from piperjax.schedules.ticks import pack
 
 BACKENDS = ("gpu", "cpu")
 
@@ -169,49 +166,8 @@ def _largest_phase(model: ModelConfig, plan: Plan, share: Share, stored: Storage
 
 
 def slot_counts(plan: Plan) -> Slots:
-    """Slots of a plan's schedule. Small tables tell it for large ones: slots are linear in microbatches and ranks."""
-    return _slot_counts(plan.schedule, plan.pipe, plan.num_microbatches, plan.num_chunks, plan.overlap)
-
-
-# The warm-up is over after so many rounds of microbatches. From there on nothing grows (1F1B and its relatives), or as
-# much in every round (GPipe).
-ROUNDS = 4
-# Tables of so many ranks tell what more ranks need; what is built from a pattern repeats after 2 or 3 of them.
-PERIOD = 6
-
-
-@lru_cache(maxsize=8192)
-def _slot_counts(schedule: str, pipe: int, num_microbatches: int, num_chunks: int, overlap: bool) -> Slots:
-    if registry.is_file(schedule):
-        return _lowered_slots(schedule, pipe, num_microbatches, num_chunks, overlap)
-    if pipe >= 3 * PERIOD:
-        small = PERIOD + pipe % PERIOD
-        # Fewer microbatches than a warm-up takes never need more slots than there are.
-        rounds = num_microbatches / pipe
-        a, b = (
-            _slot_counts(schedule, few, max(ROUNDS, round(rounds)) * few, num_chunks, overlap)
-            for few in (small, small + PERIOD)
-        )
-        grown = _along(a, b, (pipe - small) // PERIOD)
-        most = num_microbatches * registry.chunks_of(schedule, num_chunks)
-        return Slots(*(min(count, most) for count in grown))
-    if num_microbatches <= (ROUNDS + 1) * pipe:
-        return _lowered_slots(schedule, pipe, num_microbatches, num_chunks, overlap)
-    rounds = num_microbatches // pipe - ROUNDS + 1
-    few = num_microbatches - rounds * pipe
-    a, b = (_lowered_slots(schedule, pipe, number, num_chunks, overlap) for number in (few, few + pipe))
-    return _along(a, b, rounds)
-
-
-def _along(a: Slots, b: Slots, steps: int) -> Slots:
-    """Continues from `a` in as many steps, the first of which leads to `b`."""
-    return Slots(*(first + steps * (second - first) for first, second in zip(a, b, strict=True)))
-
-
-@lru_cache(maxsize=8192)
-def _lowered_slots(schedule: str, pipe: int, num_microbatches: int, num_chunks: int, overlap: bool) -> Slots:
-    table = pack(registry.build(schedule, pipe, num_microbatches, num_chunks), "overlap" if overlap else None)
-    lowered = lower(table)
+    """Slots of a plan's schedule."""
+    counted = plan.profile().slots
     return Slots(
-        lowered.num_input_slots, lowered.num_gradient_slots, lowered.num_stash_slots, lowered.num_tap_slots
+        *(ceil(count - 1e-6) for count in (counted.inputs, counted.gradients, counted.stash, counted.taps))
     )

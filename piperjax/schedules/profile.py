@@ -23,7 +23,8 @@ from piperjax.schedules.ticks import TickTable, pack
 LARGEST_BUILT_RANKS = 8
 # From how many microbatches per rank on one more adds the same, and after how many more ranks the pattern repeats.
 STEADY_MICROBATCHES_PER_RANK = {"zb_h2": 4}
-RANK_PERIOD = {"v_min": 3}
+RANK_PERIOD = {"v_min": 6}
+LARGEST_BUILT = {"v_min": 14}
 
 
 class Work(NamedTuple):
@@ -94,7 +95,7 @@ class Profile:
 def profile(
     name: str, num_ranks: int, num_microbatches: int, num_chunks: int = 0, slots: str | None = None
 ) -> Profile:
-    """Counts a named schedule; exact up to 8 ranks, extended beyond.
+    """Counts a named schedule; exact up to 8 ranks (v_min: 14), extended beyond.
 
     Args:
       name: as in `registry`.
@@ -105,14 +106,15 @@ def profile(
       ValueError: if the schedule does not exist for these numbers.
     """
     P, M = num_ranks, num_microbatches
-    small = min(P, LARGEST_BUILT_RANKS)
+    largest = LARGEST_BUILT.get(registry.canonical(name), LARGEST_BUILT_RANKS)
+    small = min(P, largest)
     steady = P * STEADY_MICROBATCHES_PER_RANK.get(registry.canonical(name), 2)
-    if P <= LARGEST_BUILT_RANKS and steady + small >= M:
+    if largest >= P and steady + small >= M:
         return _counted(name, P, M, num_chunks, slots)
     if registry.is_file(name) or registry.canonical(name) == "auto":
         return _counted(name, P, M, num_chunks, slots)
     registry.check(name, P, M, num_chunks)
-    if P <= LARGEST_BUILT_RANKS:
+    if largest >= P:
         base, more = (_counted(name, P, m, num_chunks, slots) for m in (steady, steady + P))
         share = (M - steady) / P
         return _sum([(1 - share, base), (share, more)], num_microbatches=M)
@@ -120,8 +122,8 @@ def profile(
     ratio = min(M / P, steady / P)
     if registry.canonical(name) == "interleaved":
         ratio = int(ratio)
-    period = RANK_PERIOD.get(registry.canonical(name), LARGEST_BUILT_RANKS // 2)
-    many = LARGEST_BUILT_RANKS - (LARGEST_BUILT_RANKS - P) % period
+    period = RANK_PERIOD.get(registry.canonical(name), largest // 2)
+    many = largest - (largest - P) % period
     few = many - period
     fewer, more = (max(1, round(ratio * ranks)) for ranks in (few, many))
     reach = (P - many) / period

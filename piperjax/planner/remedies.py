@@ -1,0 +1,130 @@
+"""Remedies: what to say when nothing fits, and the nearest that does."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from piperjax.planner.candidates import AXES, Mesh, Question, Rejections, meshes
+from piperjax.planner.cells import memory_backend
+from piperjax.planner.memory import RankMemory, estimate_memory
+from piperjax.planner.scoring import Scores, capacity_bytes, score
+
+GIB = 2**30
+# A usual factor: rows beyond it are dropped.
+USUAL_CAPACITY_FACTOR = 1.25
+MOST_DOUBLINGS = 7
+WORDS = {
+    "compute_copy": "compute copy",
+    "pipeline_buffers": "pipeline buffers",
+    "stash": "activations in flight",
+    "taps": "inputs kept for weight gradients",
+    "dispatch": "dispatch buffers",
+}
+
+
+def check_room(question: Question, scores: Scores) -> None:
+    """Says how much the leanest plan lacks and what would fit, if nothing does.
+
+    Raises:
+      ValueError: if no candidate fits.
+    """
+    if scores.fits.any():
+        return
+    asked = ", ".join(f"{name}={value}" for name, value in question.wished.items())
+    where = f"{question.num_devices} {question.platform.name} devices" + (f" with {asked}" if asked else "")
+    if not len(scores.seconds):
+        raise ValueError(
+            f"no plan for {question.model.name} on {where} exists: its schedule does not fit the pipe ranks and "
+            f"microbatches; {nearest_that_fits(question)}"
+        )
+    row = int(scores.num_bytes.argmin())
+    memory = memory_of(question, scores, row)
+    lacking = memory.total - capacity_bytes(question)
+    raise ValueError(
+        f"{question.model.name} does not fit {where}: the leanest plan ({scores.meshes[scores.mesh[row]]}) needs "
+        f"{memory.total / GIB:.1f} GiB, {lacking / GIB:.1f} more than a device has; largest: {largest_terms(memory)}; "
+        f"{nearest_that_fits(question)}"
+    )
+
+
+def memory_of(question: Question, scores: Scores, row: int) -> RankMemory:
+    """Bytes of a row on the rank that needs most."""
+    ranks = estimate_memory(
+        question.model,
+        scores.plan(row),
+        dtype=question.dtype,
+        backend=memory_backend(question),
+        reserve_bytes=question.platform.device.reserve_bytes,
+    )
+    return max(ranks, key=lambda rank: rank.total)
+
+
+def largest_terms(memory: RankMemory, *, count: int = 3) -> str:
+    """The largest parts in words."""
+    terms = sorted(memory.terms.items(), key=lambda item: -item[1])[:count]
+    return ", ".join(f"{WORDS.get(name, name)} {num_bytes / GIB:.1f}" for name, num_bytes in terms)
+
+
+def nearest_that_fits(question: Question) -> str:
+    """Advice: the least change of the question under which something fits."""
+    for changed, words in _relaxed(question):
+        mesh = _leanest_mesh(changed, near=question)
+        if mesh is not None:
+            return f"{words.format(mesh=mesh)} fits"
+    reach = question.platform.links[-1].devices if question.platform.links else question.num_devices
+    limit = {"capacity_factor": question.wished.get("capacity_factor") or USUAL_CAPACITY_FACTOR}
+    for doubling in range(1, MOST_DOUBLINGS + 1):
+        devices = question.num_devices * 2**doubling
+        if devices > reach:
+            break
+        more = replace(question, num_devices=devices, batch_size=question.batch_size * 2**doubling, wished={})
+        for changed, words in (
+            (more, ""),
+            (replace(more, wished=limit), f" with --capacity-factor {limit['capacity_factor']}"),
+        ):
+            mesh = _leanest_mesh(changed, near=question)
+            if mesh is not None:
+                return f"{devices} devices{words} are enough ({mesh})"
+    return "use a smaller model, shorter sequences or devices with more memory"
+
+
+def _relaxed(question: Question) -> Iterator[tuple[Question, str]]:
+    """Questions with less wished for, or with rows that may be dropped, and words for each."""
+    axes = {name: value for name, value in question.wished.items() if name in AXES}
+    others = _without_axes(question)
+    dropped = ", ".join(f"{name}={value}" for name, value in others.items() if name != "capacity_factor")
+    limit = {"capacity_factor": others.get("capacity_factor") or USUAL_CAPACITY_FACTOR}
+    words = f"dropping rows beyond --capacity-factor {limit['capacity_factor']}, {{mesh}}"
+    if dropped:
+        yield replace(question, wished=axes), f"without {dropped}, {{mesh}}"
+    if axes:
+        yield replace(question, wished=others), "{mesh}"
+    if not others.get("capacity_factor"):
+        yield replace(question, wished=dict(question.wished) | limit), words
+        if axes:
+            yield replace(question, wished=others | limit), words
+    if dropped and axes:
+        yield replace(question, wished=limit), f"without {dropped}, {words}"
+
+
+def _without_axes(question: Question) -> dict:
+    return {name: value for name, value in question.wished.items() if name not in AXES}
+
+
+def _leanest_mesh(question: Question, *, near: Question) -> Mesh | None:
+    """Of the meshes on which something fits, the one closest to the wished sizes."""
+    rejections = Rejections()
+    possible = meshes(question, rejections)
+    if not possible:
+        return None
+    scores = score(question, possible, rejections)
+    if not scores.fits.any():
+        return None
+    wanted = {axis: near.wished[axis] for axis in AXES if axis in near.wished}
+    rows = np.flatnonzero(scores.fits)
+    quickest: dict[int, float] = {}
+    for index, seconds in zip(scores.mesh[rows], scores.seconds[rows], strict=True):
+        quickest[index] = min(seconds, quickest.get(index, seconds))
+    best = min(quickest, key=lambda index: (scores.meshes[index].distance(wanted), quickest[index]))
+    return scores.meshes[best]

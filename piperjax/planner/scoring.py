@@ -1,0 +1,255 @@
+"""Scoring: a quick price in seconds and bytes of every candidate at once.
+
+The price of a layer depends on the expert axis, on the tokens of a microbatch on a device and on the memory mode only,
+and that of a schedule on counts (`schedules.profile`). So layers are priced one by one, and candidates with the same
+pipe ranks and microbatches all together, as arrays. The models are those of `timing` and `memory`, with stages divided
+by FLOP and all of them as slow as the slowest; the tests compare.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import inf
+
+import numpy as np
+
+from models.config import ModelConfig
+from piperjax.planner.candidates import Mesh, Order, Question, Rejections, memory_modes, orders, vocabularies
+from piperjax.planner.cells import Cell, groups, layers_by_flop
+from piperjax.planner.plan import Plan
+from piperjax.planner.storage import most_layers_of_kind, storage
+from piperjax.planner.timing import HIDDEN_FRACTION
+from piperjax.schedules import registry
+from piperjax.schedules.profile import Profile, profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Every candidate, one row each.
+
+    Attributes:
+      question: what was asked.
+      meshes: the meshes that rows refer to.
+      orders: the orders that rows refer to.
+      dispatches: the dispatchers that rows refer to.
+      mesh, order, dispatch: numbers of these, int `[rows]`.
+      num_microbatches: int `[rows]`.
+      memory_mode, vocabulary: positions in `memory_modes` and `vocabularies`, int `[rows]`.
+      seconds: of a step, float `[rows]`.
+      num_bytes: that a device needs, float `[rows]`.
+    """
+
+    question: Question
+    meshes: tuple[Mesh, ...]
+    orders: tuple[Order, ...]
+    dispatches: tuple[str, ...]
+    mesh: np.ndarray
+    order: np.ndarray
+    dispatch: np.ndarray
+    num_microbatches: np.ndarray
+    memory_mode: np.ndarray
+    vocabulary: np.ndarray
+    seconds: np.ndarray
+    num_bytes: np.ndarray
+
+    @property
+    def fits(self) -> np.ndarray:
+        """Whether a device has room for it, bool `[rows]`."""
+        return self.num_bytes <= capacity_bytes(self.question)
+
+    def plan(self, row: int) -> Plan:
+        """The plan of one row."""
+        mesh, order = self.meshes[self.mesh[row]], self.orders[self.order[row]]
+        question = self.question
+        return Plan(
+            **mesh._asdict(),
+            expert_factors=question.platform.expert_factors(**mesh._asdict()),
+            schedule=order.schedule,
+            num_chunks=order.asked_chunks,
+            overlap=order.overlap,
+            num_microbatches=int(self.num_microbatches[row]),
+            layers_per_stage=layers_by_flop(question.model, question.seq_len, mesh.pipe * order.num_chunks),
+            batch_size=question.batch_size,
+            seq_len=question.seq_len,
+            memory_mode=memory_modes(question)[self.memory_mode[row]],
+            vocabulary=vocabularies(question, mesh.pipe)[self.vocabulary[row]],
+            dispatch=self.dispatches[self.dispatch[row]],
+            capacity_factor=question.wished.get("capacity_factor", 0.0),
+        )
+
+
+def capacity_bytes(question: Question) -> float:
+    """Bytes that a plan may need on a device, reserve included; infinite where the platform does not say."""
+    return question.platform.device.memory_bytes or inf
+
+
+def score(question: Question, meshes: list[Mesh], rejections: Rejections) -> Scores:
+    """Prices every plan on these meshes; what its schedule or its memory forbids is counted."""
+    known = {order: number for number, order in enumerate(_all_orders(question, meshes))}
+    blocks = []
+    for cells in groups(question, meshes):
+        for order in orders(question, cells[0].mesh.pipe):
+            counted = _counted(question, cells, order, rejections)
+            if counted:
+                blocks.append(_block(question, cells, order, counted, number=known[order]))
+    columns = {
+        name: np.concatenate([block[name] for block in blocks]) for name in (blocks[0] if blocks else ())
+    }
+    if not blocks:
+        columns = {name: np.zeros(0, int) for name in ("mesh", "order", "dispatch", "num_microbatches")}
+        columns |= {name: np.zeros(0, int) for name in ("memory_mode", "vocabulary", "seconds", "num_bytes")}
+    scores = Scores(
+        question=question,
+        meshes=tuple(meshes),
+        orders=tuple(known),
+        dispatches=question.dispatchers,
+        **columns,
+    )
+    _count_unfit(scores, rejections)
+    return scores
+
+
+def _all_orders(question: Question, meshes: list[Mesh]) -> list[Order]:
+    pipes = dict.fromkeys(mesh.pipe for mesh in meshes)
+    return list(dict.fromkeys(order for pipe in pipes for order in orders(question, pipe)))
+
+
+def _count_unfit(scores: Scores, rejections: Rejections) -> None:
+    unfit = ~scores.fits
+    if unfit.any():
+        nearest = int(np.where(unfit, scores.num_bytes, inf).argmin())
+        needed, room = scores.num_bytes[nearest] / 2**30, capacity_bytes(scores.question) / 2**30
+        rejections.add(
+            "a device must have room for the plan",
+            f"{scores.meshes[scores.mesh[nearest]]}: {needed:.1f} of {room:.1f} GiB",
+            what="plans",
+            count=int(unfit.sum()),
+        )
+
+
+def _counted(question: Question, cells: list[Cell], order: Order, rejections: Rejections) -> Profile | None:
+    """The profile of a schedule, or None if it does not exist for so many microbatches."""
+    pipe, number = cells[0].mesh.pipe, cells[0].num_microbatches
+    plans = len(cells) * len(memory_modes(question)) * len(vocabularies(question, pipe))
+    try:
+        registry.check(order.schedule, pipe, number, order.asked_chunks)
+    except ValueError:
+        reason = f"{order.schedule} does not exist for every number of microbatches"
+        rejections.add(reason, f"{number} microbatches on {pipe} pipe ranks", what="plans", count=plans)
+        return None
+    if order.overlap and order.schedule == "zb_h1" and number <= pipe:
+        reason = "overlap needs ticks with a forward and a backward"
+        rejections.add(
+            reason, f"{order.schedule}, {number} microbatches on {pipe} pipe ranks", what="plans", count=plans
+        )
+        return None
+    return profile(order.schedule, pipe, number, order.asked_chunks, order.layout)
+
+
+def _block(question: Question, cells: list[Cell], order: Order, counted: Profile, *, number: int) -> dict:
+    """Columns of all candidates of these cells with this order."""
+    modes, placed = memory_modes(question), vocabularies(question, cells[0].mesh.pipe)
+    partition = layers_by_flop(question.model, question.seq_len, cells[0].mesh.pipe * order.num_chunks)
+    seconds = _seconds(question, cells, order, counted, partition)
+    num_bytes = _num_bytes(question, cells, counted, partition)
+    shape = (len(cells), len(modes), len(placed))
+
+    def column(values, axis: int) -> np.ndarray:
+        values = np.asarray(values).reshape([-1 if i == axis else 1 for i in range(3)])
+        return np.broadcast_to(values, shape)
+
+    columns = {
+        "mesh": column([cell.index for cell in cells], 0),
+        "dispatch": column([cell.dispatch for cell in cells], 0),
+        "order": column([number], 0),
+        "num_microbatches": column([cells[0].num_microbatches], 0),
+        "memory_mode": column(range(len(modes)), 1),
+        "vocabulary": column(range(len(placed)), 2),
+        "seconds": seconds,
+        "num_bytes": num_bytes,
+    }
+    # Overlap goes through the passes layer by layer, which mode "stage" does not.
+    possible = np.array([not (order.overlap and mode == "stage") for mode in modes])
+    return {name: values[:, possible].ravel() for name, values in columns.items()}
+
+
+def _seconds(
+    question: Question, cells: list[Cell], order: Order, counted: Profile, partition: tuple[int, ...]
+) -> np.ndarray:
+    """Seconds of a step, `[cells, modes, vocabularies]`."""
+    number = cells[0].num_microbatches
+    held, whole = _stage_kinds(question.model, partition)
+    layers = np.stack([cell.layers for cell in cells])
+    stages = np.einsum("sk,nmkj->nmsj", held, layers)
+    pace = stages[..., :4] + stages[..., [4, 5, 5, 5]] * np.array([1, 1, 1, 0])
+    kinds = [0, 2, 3] if counted.splits_backward else [0, 1]
+    slowest = pace[..., kinds].sum(-1).argmax(-1)
+    pace = np.take_along_axis(pace, slowest[..., None, None], axis=2)[:, :, 0]
+    saved = np.zeros(pace.shape[:2])
+    device = question.platform.device
+    if order.overlap and device.concurrent_devices is None:
+        forward, backward, sent, returned = (stages[..., i] for i in (0, 1, 4, 5))
+        saved = HIDDEN_FRACTION * (np.minimum(sent, backward) + np.minimum(returned, forward)).min(-1)
+    seconds = counted.seconds(np.concatenate([pace, saved[..., None]], axis=-1))
+    work = np.einsum("k,nmkj->nmj", whole, layers)
+    work = work[..., kinds].sum(-1) + work[..., 4] + work[..., 5]
+    beside = np.array([cell.mesh.data * cell.mesh.expert for cell in cells])
+    seconds = device.together_seconds(seconds, number * beside[:, None] * work)
+    seconds = seconds + (counted.num_ticks * np.array([cell.transfer for cell in cells]))[:, None]
+    once = number * np.stack([cell.outer for cell in cells]) + np.array([[cell.step_end] for cell in cells])
+    return seconds[..., None] + once[:, None]
+
+
+def _num_bytes(
+    question: Question, cells: list[Cell], counted: Profile, partition: tuple[int, ...]
+) -> np.ndarray:
+    """Bytes that a device needs, `[cells, modes, vocabularies]`."""
+    model, slots = question.model, counted.slots
+    most = np.array(list(most_layers_of_kind(model, partition).values()))
+    kept = np.stack([cell.kept for cell in cells]) @ most
+    activation = np.array([cell.activation for cell in cells])
+    for position, mode in enumerate(memory_modes(question)):
+        if mode == "stage":
+            kept[:, position] = activation
+    taps = np.stack([cell.taps for cell in cells]) @ most
+    buffers = activation * (2 + (slots.inputs + 1 if slots.inputs else 0) + slots.gradients + 1)
+    buffers += np.array([cell.batch for cell in cells])
+    at_rest, lasting = _stored(question, cells, partition)
+    phase = np.maximum(
+        np.array([[cell.layer_phase] for cell in cells]), np.stack([cell.head_phase for cell in cells])
+    )
+    by_vocabulary = (
+        lasting + np.maximum(phase, at_rest) + buffers[:, None] + question.platform.device.reserve_bytes
+    )
+    return (slots.stash * kept + slots.taps * taps)[..., None] + by_vocabulary[:, None]
+
+
+def _stored(
+    question: Question, cells: list[Cell], partition: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of parameters at rest, and of all that lasts through a step, `[cells, vocabularies]`."""
+    stored = [
+        [
+            storage(
+                question.model, partition, **cell.mesh._asdict(), vocabulary=vocabulary, dtype=question.dtype
+            )
+            for vocabulary in vocabularies(question, cell.mesh.pipe)
+        ]
+        for cell in cells
+    ]
+    at_rest = np.array([[one.at_rest for one in row] for row in stored])
+    others = np.array([[one.compute_copy + one.accumulators for one in row] for row in stored])
+    return at_rest, 3 * at_rest + others
+
+
+@lru_cache(maxsize=1024)
+def _stage_kinds(model: ModelConfig, partition: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Layers of each kind on every different stage, `[stages, kinds]`, and of the whole model, `[kinds]`."""
+    names, kinds = model.kind_of_layer, list(model.kinds)
+    held = np.zeros((len(partition), len(kinds)))
+    layer = 0
+    for stage, count in enumerate(partition):
+        for name in names[layer : layer + count]:
+            held[stage, kinds.index(name)] += 1
+        layer += count
+    held[-1, kinds.index(names[-1])] += model.prediction_layers
+    return np.unique(held, axis=0), held.sum(0)

@@ -1,0 +1,299 @@
+"""Search: the best plans for a model on a machine, in two stages.
+
+Every candidate is priced quickly (`scoring`); the quickest that fit, one for each mesh, are then priced as `timing` and
+`memory` do, with stages divided by seconds instead of FLOP where that helps. `choose_plan` is what training asks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+import numpy as np
+
+from meshes.platform import Platform
+from models.config import ModelConfig
+from piperjax.planner.candidates import Mesh, Question, Rejection, Rejections, check_some, meshes
+from piperjax.planner.cells import memory_backend
+from piperjax.planner.memory import RankMemory, estimate_memory
+from piperjax.planner.network import EXECUTABLE
+from piperjax.planner.partition import partition_layers
+from piperjax.planner.plan import Plan, default_plan
+from piperjax.planner.remedies import check_room
+from piperjax.planner.scoring import Scores, capacity_bytes, score
+from piperjax.planner.timing import TimeEstimate, estimate_time, stage_seconds
+
+# Up to so many (rank, microbatch, chunk) triples the tick table itself is timed; above, its counts are.
+LARGEST_TIMED_TABLE = 512
+KEPT = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A plan with its price.
+
+    Attributes:
+      plan: the plan.
+      memory: bytes by pipe rank.
+      time: seconds of a step.
+      margin: how much longer its step takes than the best one's, as a fraction.
+    """
+
+    plan: Plan
+    memory: tuple[RankMemory, ...]
+    time: TimeEstimate
+    margin: float = 0.0
+
+    @property
+    def mesh(self) -> Mesh:
+        """Sizes of its axes."""
+        return Mesh(self.plan.pipe, self.plan.data, self.plan.expert)
+
+    @property
+    def peak_bytes(self) -> float:
+        """Bytes on the device that needs most."""
+        return max(rank.total for rank in self.memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compromise:
+    """A candidate that no other beats in both memory and time.
+
+    Attributes:
+      row: its row of the scores.
+      num_bytes: bytes on a device.
+      flop_per_second: useful FLOP per second and device.
+      mfu: as a fraction of the peak; None where the platform has no peak.
+    """
+
+    row: int
+    num_bytes: float
+    flop_per_second: float
+    mfu: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+      question: what was asked.
+      ranked: the best candidate of each of the best meshes, quickest first.
+      rejected: what was left out, by reason.
+      pareto: compromises of memory and speed, least memory first; fewest bytes to most.
+      scores: every candidate with its quick price.
+      num_meshes: meshes that were possible.
+    """
+
+    question: Question
+    ranked: tuple[Candidate, ...]
+    rejected: tuple[Rejection, ...]
+    pareto: tuple[Compromise, ...]
+    scores: Scores
+    num_meshes: int
+
+    @property
+    def best(self) -> Candidate:
+        """The quickest plan that fits."""
+        return self.ranked[0]
+
+
+def search(
+    model: ModelConfig,
+    platform: Platform,
+    num_devices: int,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: str = "bfloat16",
+    wished: Mapping[str, Any] | None = None,
+    dispatchers: Sequence[str] = EXECUTABLE,
+    imbalance: float = 1.0,
+    keep: int = KEPT,
+) -> SearchResult:
+    """Finds the best plans.
+
+    Args:
+      model: what is trained.
+      platform: what it runs on.
+      num_devices: devices to use, all of them.
+      batch_size: sequences per step over all devices.
+      seq_len: tokens per sequence.
+      dtype: of activations and matrix products.
+      wished: fields of the plan that are given, by name; the others are searched.
+      dispatchers: names of the dispatchers that may be chosen; only `EXECUTABLE` ones can be run.
+      imbalance: rows of the device with the busiest experts over the mean.
+      keep: most plans to return, each on another mesh.
+
+    Raises:
+      ValueError: if nothing is possible or nothing fits; the sentence names the nearest that is and does.
+    """
+    question = Question(
+        model=model,
+        platform=platform,
+        num_devices=num_devices,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        dtype=dtype,
+        wished={name: value for name, value in (wished or {}).items() if value is not None},
+        dispatchers=tuple(dispatchers),
+        imbalance=imbalance,
+    )
+    return answer(question, keep=keep)
+
+
+def answer(question: Question, *, keep: int = KEPT) -> SearchResult:
+    """Finds the best plans; see `search`."""
+    rejections = Rejections()
+    possible = meshes(question, rejections)
+    check_some(question, possible, rejections)
+    scores = score(question, possible, rejections)
+    check_room(question, scores)
+    ranked = _ranked(scores, keep)
+    return SearchResult(
+        question=question,
+        ranked=ranked,
+        rejected=rejections.listed(),
+        pareto=_pareto(scores, ranked[0]),
+        scores=scores,
+        num_meshes=len(possible),
+    )
+
+
+def _ranked(scores: Scores, keep: int) -> tuple[Candidate, ...]:
+    """The quickest row of every mesh priced in full, as many as are kept."""
+    order = np.argsort(np.where(scores.fits, scores.seconds, inf), kind="stable")[: int(scores.fits.sum())]
+    _, firsts = np.unique(scores.mesh[order], return_index=True)
+    rows = order[np.sort(firsts)[:keep]]
+    candidates = [priced(scores.question, scores.plan(int(row))) for row in rows]
+    # Extended counts of slots may be a slot short: the full price decides.
+    fitting = [one for one in candidates if one.peak_bytes <= capacity_bytes(scores.question)]
+    candidates = sorted(fitting or candidates, key=lambda candidate: candidate.time.step_seconds)
+    best = candidates[0].time.step_seconds
+    return tuple(replace(one, margin=one.time.step_seconds / best - 1) for one in candidates)
+
+
+def priced(question: Question, plan: Plan) -> Candidate:
+    """A plan with its price, its stages divided by FLOP or by seconds, whichever is quicker and fits."""
+    as_it_is = _priced(question, plan)
+    if plan.pipe == 1:
+        return as_it_is
+    by_seconds = replace(plan, layers_per_stage=_layers_by_seconds(question, plan))
+    if by_seconds == plan:
+        return as_it_is
+    other = _priced(question, by_seconds)
+    quicker = other.time.step_seconds < as_it_is.time.step_seconds
+    return other if quicker and other.peak_bytes <= capacity_bytes(question) else as_it_is
+
+
+def _priced(question: Question, plan: Plan) -> Candidate:
+    small = (
+        plan.pipe * plan.num_microbatches * (len(plan.layers_per_stage) // plan.pipe) <= LARGEST_TIMED_TABLE
+    )
+    time = estimate_time(
+        question.model,
+        plan,
+        question.platform,
+        dtype=question.dtype,
+        imbalance=question.imbalance,
+        clock="lockstep" if small else "profile",
+    )
+    memory = estimate_memory(
+        question.model,
+        plan,
+        dtype=question.dtype,
+        backend=memory_backend(question),
+        reserve_bytes=question.platform.device.reserve_bytes,
+    )
+    return Candidate(plan=plan, memory=memory, time=time)
+
+
+def _layers_by_seconds(question: Question, plan: Plan) -> tuple[int, ...]:
+    """Layers per stage so that the stage that takes longest takes as short as possible."""
+    by_layer = replace(
+        plan,
+        pipe=question.model.num_layers,
+        data=1,
+        schedule="one_f_one_b",
+        num_chunks=0,
+        overlap=False,
+        layers_per_stage=(1,) * question.model.num_layers,
+        batch_size=plan.batch_size // plan.data,
+    )
+    priced_layers = stage_seconds(
+        question.model, by_layer, question.platform, dtype=question.dtype, imbalance=question.imbalance
+    )
+    seconds = tuple(
+        one.forward + one.backward + one.exchange_forward + one.exchange_backward for one in priced_layers
+    )
+    return partition_layers(seconds, len(plan.layers_per_stage))
+
+
+def _pareto(scores: Scores, best: Candidate) -> tuple[Compromise, ...]:
+    """Rows with fewer bytes than all that are as quick."""
+    rows = np.flatnonzero(scores.fits)
+    rows = rows[np.lexsort((scores.seconds[rows], scores.num_bytes[rows]))]
+    quickest = np.minimum.accumulate(scores.seconds[rows])
+    front = rows[np.flatnonzero(np.diff(quickest, prepend=inf) < 0)]
+    work = best.time.flop_per_second * best.time.step_seconds
+    compromises = []
+    for row in front:
+        rate = work / float(scores.seconds[row])
+        peak = scores.question.platform.device.known_peak(scores.question.dtype)
+        compromises.append(
+            Compromise(
+                row=int(row),
+                num_bytes=float(scores.num_bytes[row]),
+                flop_per_second=rate,
+                mfu=rate / peak if peak else None,
+            )
+        )
+    return tuple(compromises)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The plan that a run takes.
+
+    Attributes:
+      plan: the plan.
+      result: the search it comes from; None where the simple rule of `default_plan` was used.
+      reason: why the simple rule was used; empty otherwise.
+    """
+
+    plan: Plan
+    result: SearchResult | None = None
+    reason: str = ""
+
+
+def choose_plan(
+    model: ModelConfig,
+    platform: Platform,
+    num_devices: int,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: str = "bfloat16",
+    wished: Mapping[str, Any] | None = None,
+) -> Choice:
+    """The plan to train with: the best that a search finds, or the simple rule where the platform has no rates.
+
+    Raises:
+      ValueError: if what is wished for is impossible or does not fit.
+    """
+    wished = {name: value for name, value in (wished or {}).items() if value is not None}
+    shape = dict(batch_size=batch_size, seq_len=seq_len)
+    reason = ""
+    if not platform.rated(dtype):
+        reason = f"no rates of {platform.name} in {dtype} are known; python -m piperjax measure writes them"
+    elif num_devices > 1 and not platform.links:
+        reason = f"no links of {platform.name} are known; python -m piperjax measure writes them"
+    if reason:
+        return Choice(plan=default_plan(model, platform, num_devices, **shape, **wished), reason=reason)
+    try:
+        result = search(model, platform, num_devices, **shape, dtype=dtype, wished=wished)
+    except ValueError:
+        # What is wrong with sizes that were given is said best where they are put together.
+        default_plan(model, platform, num_devices, **shape, **wished)
+        raise
+    return Choice(plan=result.best.plan, result=result)

@@ -1,0 +1,49 @@
+"""Cells: what a mesh and its microbatches decide is priced once for all memory modes."""
+
+import numpy as np
+import pytest
+
+from meshes.platform import load_platform
+from models.presets import preset
+from piperjax.planner.candidates import MEMORY_MODES, Mesh, Question
+from piperjax.planner.cells import groups, memory_backend
+from piperjax.planner.network import DISPATCHERS
+
+FRONTIER = load_platform("frontier")
+
+
+def asked(platform=FRONTIER, **options):
+    options = {"num_devices": 64, "batch_size": 256, "seq_len": 4096} | options
+    return Question(model=preset("deepseek_v3"), platform=platform, **options)
+
+
+def test_cells_are_grouped_by_ranks_and_microbatches():
+    found = list(groups(asked(), [Mesh(2, 4, 8), Mesh(2, 2, 16), Mesh(4, 2, 8)]))
+    keys = [{(cell.mesh.pipe, cell.num_microbatches) for cell in cells} for cells in found]
+    assert all(len(key) == 1 for key in keys)
+    assert (
+        sum(map(len, found)) == 4 + 4 + 4
+    )  # Eight sequences: 1, 2, 4, 8; on four ranks sixteen: 2, 4, 8, 16.
+    assert {cell.index for cells in found for cell in cells} == {0, 1, 2}
+
+
+def test_more_is_kept_and_less_is_recomputed_mode_by_mode():
+    ((cell,),) = groups(asked(wished={"num_microbatches": 4}), [Mesh(2, 4, 8)])
+    assert cell.layers.shape == (len(MEMORY_MODES), 2, 6)
+    assert np.all(np.diff(cell.kept, axis=0) >= 0)
+    backward = cell.layers[..., 1]
+    assert np.all(np.diff(backward, axis=0) <= 0)
+    np.testing.assert_allclose(backward, cell.layers[..., 2] + cell.layers[..., 3])
+
+
+def test_the_quickest_dispatcher_is_taken():
+    flat = next(groups(asked(wished={"num_microbatches": 4}), [Mesh(2, 1, 32)]))[0]
+    any_of = asked(wished={"num_microbatches": 4}, dispatchers=tuple(DISPATCHERS))
+    quickest = next(groups(any_of, [Mesh(2, 1, 32)]))[0]
+    assert quickest.layers[..., 4].sum() <= flat.layers[..., 4].sum()
+    assert any_of.dispatchers[quickest.dispatch] in DISPATCHERS
+
+
+@pytest.mark.parametrize(("name", "backend"), [("frontier", "gpu"), ("cpu8", "cpu")])
+def test_simulated_devices_are_cpus(name, backend):
+    assert memory_backend(asked(load_platform(name), num_devices=8, batch_size=8)) == backend

@@ -1,0 +1,80 @@
+"""Remedies: the least change under which something fits comes first."""
+
+from dataclasses import replace
+
+import pytest
+
+from meshes.platform import load_platform
+from models.presets import preset
+from piperjax.planner.candidates import Question, Rejections, meshes
+from piperjax.planner.memory import RankMemory
+from piperjax.planner.remedies import check_room, largest_terms, memory_of, nearest_that_fits
+from piperjax.planner.scoring import capacity_bytes, score
+
+FRONTIER = load_platform("frontier")
+
+
+def asked(model="mixtral_8x7b", num_devices=64, platform=FRONTIER, **wished):
+    return Question(
+        model=preset(model),
+        platform=platform,
+        num_devices=num_devices,
+        batch_size=4 * num_devices,
+        seq_len=4096,
+        wished=wished,
+    )
+
+
+def scored(question):
+    rejections = Rejections()
+    return score(question, meshes(question, rejections), rejections)
+
+
+@pytest.mark.parametrize(
+    ("wished", "advice"),
+    [
+        # Other sizes near those that were wished for, with the rest as it is.
+        (dict(pipe=2, expert=2, memory_mode="layer"), "pipe=4, data="),
+        # The sizes as they are, without the rest.
+        (
+            dict(pipe=4, expert=8, memory_mode="stash"),
+            "without memory_mode=stash, pipe=4, data=2, expert=8 fits",
+        ),
+    ],
+)
+def test_the_nearest_keeps_what_it_can(wished, advice):
+    found = nearest_that_fits(asked(**wished))
+    assert found.startswith(advice) and found.endswith(" fits")
+
+
+def test_more_devices_are_proposed_last():
+    found = nearest_that_fits(asked("deepseek_v3", 256))
+    assert (
+        found.startswith("512 devices with --capacity-factor 1.25 are enough (pipe=")
+        or "1024 devices" in found
+    )
+    huge = replace(FRONTIER, device=replace(FRONTIER.device, memory_bytes=2**30))
+    assert nearest_that_fits(asked("deepseek_v3", 8, huge)) == (
+        "use a smaller model, shorter sequences or devices with more memory"
+    )
+
+
+def test_room_is_checked_against_the_leanest_plan():
+    question = asked(pipe=1, expert=1)
+    scores = scored(question)
+    lacking = (scores.num_bytes.min() - capacity_bytes(question)) / 2**30
+    with pytest.raises(ValueError, match=f"{lacking:.1f} more than a device has; largest: "):
+        check_room(question, scores)
+    assert memory_of(question, scores, int(scores.num_bytes.argmin())).total == pytest.approx(
+        scores.num_bytes.min()
+    )
+    fitting = asked()
+    check_room(fitting, scored(fitting))
+
+
+def test_largest_terms_are_in_words():
+    names = RankMemory.__dataclass_fields__
+    memory = RankMemory(
+        **dict.fromkeys(names, 0.0) | {"stash": 3 * 2.0**30, "gradients": 2.0**30, "logits": 1.0}
+    )
+    assert largest_terms(memory, count=2) == "activations in flight 3.0, gradients 1.0"
