@@ -8,12 +8,15 @@ from models import cost
 from models.config import ModelConfig
 from piperjax.planner.partition import partition_layers
 from piperjax.schedules import registry
+from piperjax.schedules.filling import RECOMPUTING_UNITS, UNITS
 from piperjax.schedules.profile import Profile, profile
 from piperjax.schedules.schedule import Schedule
 from piperjax.schedules.ticks import TickTable, pack
 
 VOCABULARY = ("split", "whole")
 MEMORY_MODES = ("stage", "layer", "named", "products", "stash")
+# Their backwards run most of a forward again; where there is a choice of tick tables it is made for such times.
+RECOMPUTING_MODES = ("stage", "layer", "named")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +142,14 @@ class Plan:
 
     def profile(self) -> Profile:
         """Counts of the schedule, without building it at its full size."""
-        slots = "overlap" if self.overlap else None
-        return profile(self.schedule, self.pipe, self.num_microbatches, self.num_chunks, slots)
+        slots, recomputes = "overlap" if self.overlap else None, self.memory_mode in RECOMPUTING_MODES
+        sizes = (self.pipe, self.num_microbatches, self.num_chunks)
+        return profile(self.schedule, *sizes, slots, recomputes=recomputes)
 
     def tick_table(self) -> TickTable:
         """The table that is executed."""
-        return pack(self.build_schedule(), "overlap" if self.overlap else None)
+        units = RECOMPUTING_UNITS if self.memory_mode in RECOMPUTING_MODES else UNITS
+        return pack(self.build_schedule(), "overlap" if self.overlap else None, units)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -11,7 +11,8 @@ def dualpipe_v(num_ranks: int, num_microbatches: int) -> Schedule:
     Rank r holds stages r (chunk 0) and 2P - 1 - r (chunk 1). In the main phase a forward of one chunk is
     paired with a backward of the other, so that either can hide the other's communication. With f, b and w
     seconds per chunk (b the full backward) and no overlap the bubble is `(P - 1) (f + 2 b - 3 w)`; at most
-    `2P + 1` chunks are in flight.
+    `2P + 1` chunks are in flight. Its lockstep table is that of `zb_v`: every backward is split, as the executor
+    runs it, and W wait for cheaper places.
 
     Raises:
       ValueError: if there are fewer than `2 P` microbatches.

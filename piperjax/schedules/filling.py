@@ -9,12 +9,15 @@ one whose I ran in an earlier tick.
 """
 
 from collections import deque
+from itertools import repeat
 from typing import NamedTuple
 
 from piperjax.schedules.schedule import Action
 
 MAX_WEIGHT_GRADIENTS_PER_TICK = 2
+# Relative times: equal ones, and those of a backward that runs its forward again.
 UNITS = {"F": 1, "B": 2, "I": 1, "W": 1}
+RECOMPUTING_UNITS = {"F": 1, "B": 3, "I": 2, "W": 1}
 
 # For each tick, for each pipe rank, its actions.
 Ticks = list[list[list[Action]]]
@@ -43,34 +46,57 @@ def fill_weight_gradients(ticks: Ticks) -> Ticks:
     """
     ranks = range(len(ticks[0]))
     arrivals = [[sum(a.kind == "I" for a in row[rank]) for row in ticks] for rank in ranks]
-    slack = [_slack(ticks, rank) for rank in ranks]
+    slack = list(zip(*map(_slack, ticks), strict=True))
     # Ticks after the last one take what nothing else can.
     spare = max(map(_left_over, arrivals, slack))
     rooms = [[*room, *[NO_ROOM] * spare] for room in slack]
     arrivals = [[*arrived, *[0] * spare] for arrived in arrivals]
     lengthened = [0] * len(ticks) + [1] * spare
-    last = len(lengthened) - 1
-    for tick in range(len(ticks)):
-        # One more at the end serves whatever one earlier serves, so moving them forward in turn is exact.
-        if last < len(ticks):
-            break
-        lengthened[tick], lengthened[last] = 1, 0
-        if any(_left_over(*pair, lengthened) for pair in zip(arrivals, rooms, strict=True)):
-            lengthened[tick], lengthened[last] = 0, 1
-        else:
-            last -= 1
-    return _placed(ticks, rooms, lengthened[: last + 1])
+    lengthened = _moved_forward(lengthened, len(ticks), list(zip(arrivals, rooms, strict=True)))
+    return _placed(ticks, rooms, lengthened)
 
 
-def _slack(ticks: Ticks, rank: int) -> list[_Room]:
-    """Per tick: the room on a rank."""
+def _moved_forward(
+    lengthened: list[int], num_ticks: int, ranks: list[tuple[list[int], list[_Room]]]
+) -> list[int]:
+    """Lengthens ticks as early as possible instead of adding ticks at the end.
+
+    One more at the end serves whatever one earlier serves, so moving them forward in turn is exact, and as many in a
+    row can be moved as can be moved together.
+    """
+    tick = 0
+    while tick < num_ticks < len(lengthened):
+        low, high = 0, min(len(lengthened) - num_ticks, num_ticks - tick)
+        number = 1
+        while low < high:
+            trial = _moved(lengthened, tick, number)
+            blocking = next((at for at, rank in enumerate(ranks) if _left_over(*rank, trial)), None)
+            if blocking is None:
+                low = number
+            else:
+                high = number - 1
+                ranks.insert(0, ranks.pop(blocking))  # It will block the next ones, too.
+            number = min(2 * number, high) if blocking is None and high > 2 * low else (low + high + 1) // 2
+        lengthened = _moved(lengthened, tick, low)
+        tick += low + 1
+    return lengthened
+
+
+def _moved(lengthened: list[int], tick: int, number: int) -> list[int]:
+    """The last ticks given up for `number` from `tick` on."""
+    kept = len(lengthened) - number
+    return [*lengthened[:tick], *[1] * number, *lengthened[tick + number : kept]]
+
+
+def _slack(row: list[list[Action]]) -> list[_Room]:
+    """The room on each rank in a tick."""
+    units = [sum(UNITS[action.kind] for action in actions) for actions in row]
+    forwards = [any(action.kind == "F" for action in actions) for actions in row]
+    longest, some_forward = max(units), any(forwards)
     rooms = []
-    for row in ticks:
-        units = [sum(UNITS[action.kind] for action in actions) for actions in row]
-        total = max(units) - units[rank]
-        forwards = [any(action.kind == "F" for action in actions) for actions in row]
-        before = min(total, UNITS["F"]) if any(forwards) and not forwards[rank] else 0
-        rooms.append(_Room(before, total - before))
+    for own, forward in zip(units, forwards, strict=True):
+        before = min(longest - own, UNITS["F"]) if some_forward and not forward else 0
+        rooms.append(_Room(before, longest - own - before))
     return rooms
 
 
@@ -82,11 +108,12 @@ def _taken(waiting: int, arrived: int, room: _Room, more: int) -> int:
 
 
 def _left_over(arrivals: list[int], rooms: list[_Room], lengthened: list[int] | None = None) -> int:
-    """Weight gradients that find no place on a rank."""
+    """Weight gradients that find no place on a rank; `_taken` written out, because this is most of the work."""
     waiting = 0
-    for tick, arrived in enumerate(arrivals):
-        more = lengthened[tick] if lengthened else 0
-        waiting += arrived - _taken(waiting, arrived, rooms[tick], more)
+    for arrived, (before, after), more in zip(arrivals, rooms, lengthened or repeat(0), strict=False):
+        early = min(before, waiting)
+        waiting += arrived - early
+        waiting -= min(after + more, MAX_WEIGHT_GRADIENTS_PER_TICK - early, waiting)
     return waiting
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from piperjax.schedules import registry
+from piperjax.schedules.filling import RECOMPUTING_UNITS, UNITS
 from piperjax.schedules.lower import lower
 from piperjax.schedules.schedule import Action
 from piperjax.schedules.ticks import TickTable, pack
@@ -93,7 +94,13 @@ class Profile:
 
 @lru_cache(maxsize=4096)
 def profile(
-    name: str, num_ranks: int, num_microbatches: int, num_chunks: int = 0, slots: str | None = None
+    name: str,
+    num_ranks: int,
+    num_microbatches: int,
+    num_chunks: int = 0,
+    slots: str | None = None,
+    *,
+    recomputes: bool = False,
 ) -> Profile:
     """Counts a named schedule; exact up to 8 ranks (v_min: 14), extended beyond.
 
@@ -101,6 +108,7 @@ def profile(
       name: as in `registry`.
       num_chunks: stages per pipe rank, 0 for the schedule's own number.
       slots: how ticks are laid out, see `ticks.pack`.
+      recomputes: whether a backward runs its forward again; decides where ticks can be laid out in several ways.
 
     Raises:
       ValueError: if the schedule does not exist for these numbers.
@@ -110,12 +118,12 @@ def profile(
     small = min(P, largest)
     steady = P * STEADY_MICROBATCHES_PER_RANK.get(registry.canonical(name), 2)
     if largest >= P and steady + small >= M:
-        return _counted(name, P, M, num_chunks, slots)
+        return _counted(name, P, M, num_chunks, how)
     if registry.is_file(name) or registry.canonical(name) == "auto":
-        return _counted(name, P, M, num_chunks, slots)
+        return _counted(name, P, M, num_chunks, how)
     registry.check(name, P, M, num_chunks)
     if largest >= P:
-        base, more = (_counted(name, P, m, num_chunks, slots) for m in (steady, steady + P))
+        base, more = (_counted(name, P, m, num_chunks, how) for m in (steady, steady + P))
         share = (M - steady) / P
         return _sum([(1 - share, base), (share, more)], num_microbatches=M)
     # Ranks: counts of (P, r P) are affine in P. Microbatches: what is left over continues at the slope of few ranks.
@@ -130,13 +138,13 @@ def profile(
     flat = steady // P * many
     left = (M - (more + reach * (more - fewer))) / many
     shares = [
-        (1 + reach, _counted(name, many, more, num_chunks, slots)),
-        (-reach, _counted(name, few, fewer, num_chunks, slots)),
+        (1 + reach, _counted(name, many, more, num_chunks, how)),
+        (-reach, _counted(name, few, fewer, num_chunks, how)),
     ]
     if left:
         shares += [
-            (left, _counted(name, many, flat + many, num_chunks, slots)),
-            (-left, _counted(name, many, flat, num_chunks, slots)),
+            (left, _counted(name, many, flat + many, num_chunks, how)),
+            (-left, _counted(name, many, flat, num_chunks, how)),
         ]
     return _sum(shares, num_microbatches=M)
 

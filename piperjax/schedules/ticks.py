@@ -13,12 +13,13 @@ on the rank in the same tick.
 """
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Literal
 
+from piperjax.schedules.dualpipe import dualpipe_v
 from piperjax.schedules.filling import (
     MAX_WEIGHT_GRADIENTS_PER_TICK,
     UNITS,
@@ -92,9 +93,26 @@ class TickTable:
         return tuple(most_between("I", "W", actions) for actions in self.rank_orders())
 
     @property
-    def units(self) -> int:
+    def units(self) -> float:
         """Lockstep cost at equal times: F, I and W one unit each, B two."""
-        return sum(max(sum(UNITS[a.kind] for a in actions) for actions in row) for row in self.ticks)
+        return self.cost(UNITS)
+
+    def cost(self, units: Mapping[str, float]) -> float:
+        """Lockstep cost at given times of F, B, I and W, where all ranks meet at the head."""
+        last, total = self.schedule.num_stages - 1, 0.0
+        for row in self.ticks:
+            ended = any(a.kind == "F" and a.stage == last for actions in row for a in actions)
+            parts = (False, True) if ended and not self.head_comes_first else (None,)
+            for first in parts:
+                total += max(
+                    sum(
+                        units[a.kind]
+                        for a in actions
+                        if first is None or first != (a.kind == "F" or a in self.before_head)
+                    )
+                    for actions in row
+                )
+        return total
 
     def __str__(self) -> str:
         schedule = self.schedule
@@ -108,35 +126,53 @@ class TickTable:
 
 
 def pack(
-    schedule: Schedule, slots: Literal["dual", "overlap", "single", "ordered"] | None = None
+    schedule: Schedule,
+    slots: Literal["dual", "overlap", "single", "ordered"] | None = None,
+    units: Mapping[str, float] = UNITS,
 ) -> TickTable:
     """Lays a schedule out in ticks, by default on its own clock.
 
     - "dual": a forward and a backward per tick, each as early as its inputs allow. Every rank keeps its order
       of forwards and its order of backwards. A backward waits for the forwards that precede it in the schedule
       (so GPipe stays GPipe), a forward does not wait for backwards: in lockstep it would only delay its
-      neighbours. On a V the two queues become one wave (`_v_wave`). Weight gradients go where they cost
-      least (`filling`).
+      neighbours. On a V both follow DualPipeV's order (`_on_a_v`). Weight gradients go where they cost
+      least (`filling`). Where too few microbatches leave them no slack, the table is the cheapest of this one,
+      one that begins with one action per tick, and one that has one action in every tick (`_of_few`).
     - "overlap": as "dual", but a backward never follows the forward of its own microbatch within a tick, which
-      costs a tick more (on a V, too). The two slots of a tick are then independent of each other.
+      costs a tick more, and nothing on a V. The two slots of a tick are then independent of each other.
     - "single": one action per tick in the schedule's order. At equal times of F, I and W this is the
       asynchronous timeline, with its bubble and its memory.
     - "ordered": the schedule's order is kept strictly; a tick takes one action, or as many as follow each
       other as F, B or I, W, whichever layout costs less.
+
+    Args:
+      schedule: what to lay out.
+      slots: the layout.
+      units: relative times of F, B, I and W by which the cheapest table is chosen where there is a choice.
     """
     slots = slots or schedule.clock
     if slots == "ordered":
-        tables = [_table(schedule, _in_order(schedule, several=several)) for several in (True, False)]
-        return min(tables, key=lambda table: table.units)
+        several = _table(schedule, _in_order(schedule, schedule.ranks, several_from=0))
+        return min((several, pack(schedule, "single")), key=lambda table: table.cost(units))
     if slots == "single":
-        return _table(schedule, _in_order(schedule, several=False))
+        return _table(schedule, _in_order(schedule, schedule.ranks))
     if slots not in ("dual", "overlap"):
         raise ValueError(f"ticks are laid out as dual, overlap, single or ordered, got {slots!r}")
-    delay = int(slots == "overlap")
-    on_a_v = schedule.num_chunks == 2 and schedule.stage_of_chunk == v_placement(schedule.num_ranks)
-    split = any(action.kind == "W" for actions in schedule.ranks for action in actions)
-    ticks = _v_wave(schedule, delay) if on_a_v else _two_queues(schedule, delay)
-    return _table(schedule, fill_weight_gradients(ticks) if split else ticks)
+    splits = any(action.kind == "W" for actions in schedule.ranks for action in actions)
+    on_a_v = schedule.num_ranks > 1 and schedule.stage_of_chunk == v_placement(schedule.num_ranks)
+    if on_a_v and schedule.passes == "forward_backward":
+        return _on_a_v(schedule, splits)
+    ticks = _two_queues(schedule, delay=int(slots == "overlap"))
+    if not splits:
+        return _table(schedule, ticks)
+    table = _table(schedule, fill_weight_gradients(ticks))
+    if (
+        slots == "dual"
+        and schedule.num_chunks == 1
+        and schedule.num_microbatches < 2 * schedule.num_ranks - 1
+    ):
+        return min((table, *_of_few(schedule)), key=lambda table: table.cost(units))
+    return table
 
 
 def _table(schedule: Schedule, ticks: Ticks) -> TickTable:
@@ -185,16 +221,30 @@ def _two_queues(schedule: Schedule, delay: int) -> Ticks:
     return ticks
 
 
-def _in_order(schedule: Schedule, *, several: bool) -> Ticks:
-    """Every rank's actions in the schedule's order; several per tick only as F, then B or I, then W."""
+def _in_order(
+    schedule: Schedule,
+    orders: Sequence[Sequence[Action]],
+    *,
+    several_from: int | None = None,
+    delay: int = 0,
+) -> Ticks:
+    """Every rank's actions in the given order, one per tick; from one tick on several, only as F, then B or I, then W.
+
+    The last stage's backward comes at least `delay` ticks after its forward.
+    """
     done: dict[Action, int] = {}
-    waiting = [deque(actions) for actions in schedule.ranks]
+    waiting = [deque(actions) for actions in orders]
+    last = schedule.num_stages - 1
     ticks: Ticks = []
     while any(waiting):
         tick, row = len(ticks), []
+        several = several_from is not None and tick >= several_from
         for queue in waiting:
             actions: list[Action] = []
             while queue and _fits(actions, queue[0], several) and _ready(queue[0], done, tick, schedule):
+                ends = delay and queue[0].stage == last and queue[0].kind in "BI"
+                if ends and done[queue[0]._replace(kind="F")] + delay > tick:
+                    break
                 actions.append(queue.popleft())
                 done[actions[-1]] = tick
             row.append(actions)
@@ -244,21 +294,44 @@ def _ready(action: Action, done: dict[Action, int], tick: int, schedule: Schedul
     return min(later) < tick
 
 
-def _v_wave(schedule: Schedule, delay: int) -> Ticks:
-    """On a V: F(m) of stage s at tick `2m + s`, its backward at `2m + 2 (2P - 1) - s`, or a `delay` later.
+def _on_a_v(schedule: Schedule, splits: bool) -> TickTable:
+    """On a V: DualPipeV's order of F and I, as many microbatches of it as there are, an I beside the F before it.
 
-    A rank's two stages differ by an odd number, so forwards never meet, nor do backwards. At most `2P`
-    chunks are in flight, and with f and b seconds per chunk lockstep costs `(2M + 2P - 2) (f + b)`.
+    No I follows its own F within a tick. DualPipeV begins with I before F, one per tick, and goes on with F before
+    I: so ranks far from the turn start to work on backwards before the turn has all its forwards, and in the steady
+    phase a tick holds both. At most `2 P + 1` chunks are in flight. Where some backwards are split all are:
+    the executor runs a full one as I and W anyway, and a W that may wait finds a cheaper place.
     """
-    last = schedule.num_stages - 1
-    num_ticks = (
-        2 * (schedule.num_microbatches - 1) + (1 if schedule.passes == "forward" else 2) * last + 1 + delay
-    )
-    ticks: Ticks = [[[] for _ in schedule.ranks] for _ in range(num_ticks)]
-    for kinds in ("F", "BI"):
-        for rank, actions in enumerate(schedule.ranks):
-            for action in actions:
-                if action.kind in kinds:
-                    hops = action.stage if action.kind == "F" else 2 * last - action.stage + delay
-                    ticks[2 * action.microbatch + hops][rank].append(action)
-    return ticks
+    P, M = schedule.num_ranks, schedule.num_microbatches
+    whole = {action for actions in schedule.ranks for action in actions if action.kind == "B"}
+    orders = [
+        [
+            action._replace(kind=kind)
+            for action in actions
+            if action.microbatch < M and action.kind != "W"
+            for kind in ("F" if action.kind == "F" else "I" if splits else "B")
+        ]
+        for actions in dualpipe_v(P, max(M, 2 * P)).ranks
+    ]
+    ticks = _in_order(schedule, orders, several_from=0, delay=1)
+    if not splits:
+        return _table(schedule, ticks)
+    if whole:
+        ranks = tuple(
+            tuple(a._replace(kind=kind) for a in actions for kind in ("IW" if a in whole else a.kind))
+            for actions in schedule.ranks
+        )
+        schedule = replace(schedule, ranks=ranks)
+    return _table(schedule, fill_weight_gradients(ticks))
+
+
+def _of_few(schedule: Schedule) -> Iterator[TickTable]:
+    """Tables for fewer microbatches than fill the wave, whose ends then offer W no slack.
+
+    One action per tick lets gradients go up the ranks twice as fast. With as many such ticks as bring the first
+    gradients to the first rank and the last forwards to the last one, W follow without a gap.
+    """
+    dual = _table(schedule, _two_queues(schedule, delay=1)).rank_orders()
+    ticks = _in_order(schedule, dual, several_from=3 * schedule.num_ranks - 1, delay=1)
+    yield _table(schedule, fill_weight_gradients(ticks))
+    yield pack(schedule, "single")

@@ -18,8 +18,9 @@ def zb_v(num_ranks: int, num_microbatches: int) -> Schedule:
 
     With `2P - 1` or more microbatches the bubble of a rank, from its own first action to its own last, is
     zero at f = i = w, and every rank holds at most 2P chunks (P stage activations) between F and W. A step
-    that ends together on all ranks takes `(P - 1) f` more. Its lockstep table, a wave down and up the V, costs
-    `2M (f + i + w) + 2 (P - 1) (f + i - w)` for any w up to f and i, with at most 2P chunks in flight.
+    that ends together on all ranks takes `(P - 1) f` more. Its lockstep table follows DualPipeV's order; from `2P`
+    microbatches on it costs `2M (f + i + w) + (P - 1) (f + i + max(f, i) - 2w)` for any w up to f and i, at equal
+    times what the step takes asynchronously, with at most 2P + 1 chunks in flight.
     """
     ranks = tuple(_zb_v_rank(rank, num_ranks, num_microbatches) for rank in range(num_ranks))
     return _schedule("zb_v", num_microbatches, ranks, clock="dual")

@@ -16,7 +16,7 @@ def zb_h1(num_ranks: int, num_microbatches: int) -> Schedule:
     ranks = tuple(
         _one_rank(rank, num_microbatches, warmup=num_ranks - rank, delay=rank) for rank in range(num_ranks)
     )
-    return one_stage_per_rank("zb_h1", num_microbatches, ranks, clock=_clock(num_ranks, num_microbatches))
+    return one_stage_per_rank("zb_h1", num_microbatches, ranks)
 
 
 def zb_h2(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -39,13 +39,14 @@ def zb_dual(num_ranks: int, num_microbatches: int) -> Schedule:
     F(m) runs on rank r at tick `m + r`, I(m) at `m + 2 (P - 1) - r`, and `ticks.pack` puts W where a rank lacks
     a forward or a backward, the rest into ticks that all ranks share. With `2 P - 1` or more microbatches
     lockstep costs `M (f + i + w) + (P - 1) (f + i - w)`, ZB-H1's bubble, without needing f = i = w: only
-    `w <= f` and `w <= i`. At most `2 (P - r) - 1` microbatches are in flight on rank r.
+    `w <= f` and `w <= i`. With fewer there is not enough slack, and `pack` may run one action per tick. At most
+    `2 (P - r) - 1` microbatches are in flight on rank r.
     """
     ranks = tuple(
         _one_rank(rank, num_microbatches, warmup=2 * (num_ranks - rank) - 1, delay=rank)
         for rank in range(num_ranks)
     )
-    return one_stage_per_rank("zb_dual", num_microbatches, ranks, clock=_clock(num_ranks, num_microbatches))
+    return one_stage_per_rank("zb_dual", num_microbatches, ranks)
 
 
 def _one_rank(rank: int, num_microbatches: int, *, warmup: int, delay: int) -> tuple[Action, ...]:
@@ -60,8 +61,3 @@ def _one_rank(rank: int, num_microbatches: int, *, warmup: int, delay: int) -> t
             actions.append(Action("F", rank, m + warmup))
     waiting = range(max(0, num_microbatches - delay), num_microbatches)
     return (*actions, *(Action("W", rank, m) for m in waiting))
-
-
-def _clock(num_ranks: int, num_microbatches: int) -> str:
-    """Dual ticks need more microbatches than ranks: with fewer, W finds no slack and one action per tick is shorter."""
-    return "single" if num_microbatches <= num_ranks else "dual"

@@ -43,13 +43,13 @@ def test_svg_is_well_formed_and_every_action_is_drawn_once(name):
         root = ElementTree.fromstring(svg_gantt(timeline, title=name))
         drawn = actions_of(root)
         titles = sorted(e.find(SVG + "title").text for e in drawn)
-        assert titles == sorted(str(a) for actions in schedule.ranks for a in actions)
+        assert titles == sorted(str(a) for actions in timeline.schedule.ranks for a in actions)
         width, height = map(float, root.get("viewBox").split()[2:])
         for box in drawn:
             assert float(box.get("x")) + float(box.get("width")) <= width
             assert float(box.get("y")) + float(box.get("height")) <= height
         striped = [e for e in root.iter(SVG + "rect") if e.get("fill") == "url(#stripes)"]
-        weight_gradients = sum(a.kind == "W" for actions in schedule.ranks for a in actions)
+        weight_gradients = sum(a.kind == "W" for actions in timeline.schedule.ranks for a in actions)
         assert len(striped) == weight_gradients + (weight_gradients > 0)
 
 

@@ -4,6 +4,8 @@ import pytest
 
 from piperjax.schedules.dualpipe import dualpipe_v
 from piperjax.schedules.schedule import dependencies
+from piperjax.schedules.ticks import pack
+from piperjax.schedules.v_shaped import zb_v
 
 
 def test_dualpipe_v_drawn_out():
@@ -24,6 +26,13 @@ def test_the_main_phase_pairs_a_forward_with_a_backward_of_another_microbatch():
             for forward, backward in zip(main[::2], main[1::2], strict=True):
                 needs = {need for group in dependencies(backward, 2 * P) for need in group}
                 assert forward not in needs or rank == P - 1
+
+
+def test_in_ticks_every_backward_is_split_and_the_table_is_that_of_zb_v():
+    table = pack(dualpipe_v(4, 9))
+    assert table.ticks == pack(zb_v(4, 9)).ticks
+    assert {action.kind for action in table.tick_of()} == {"F", "I", "W"}
+    assert table.head_comes_first and pack(zb_v(4, 9), "overlap").ticks == table.ticks
 
 
 def test_too_few_microbatches_are_refused():

@@ -14,6 +14,7 @@ from functools import cache
 import pytest
 
 from piperjax.schedules import laws, registry
+from piperjax.schedules.filling import RECOMPUTING_UNITS, UNITS
 from piperjax.schedules.laws import law
 from piperjax.schedules.lower import lower
 from piperjax.schedules.schedule import Action, dependencies
@@ -80,9 +81,11 @@ def test_ticks(name, v, everything):
         if schedule.clock == "single":
             assert held == max(simulate(schedule, EQUAL).peak_held())
         elif name in ("one_f_one_b", "zb_h1", "zb_dual"):
-            assert max(table.peak_in_flight()) == min(2 * P - 1, M)
+            # One action per tick, where that is shorter, keeps the schedule's own peak.
+            own = max(simulate(schedule, EQUAL).peak_in_flight())
+            assert max(table.peak_in_flight()) in (min(2 * P - 1, M), own)
         elif chunks == 2 and name != "interleaved":
-            assert max(table.peak_in_flight()) == 2 * min(P, M)
+            assert 2 * min(P, M) <= max(table.peak_in_flight()) <= 2 * P + 1
             assert held <= 2 * P + 1 + P // 2
         assert held <= max(2 * P * chunks, M if name == "gpipe" else 0)
 
@@ -96,17 +99,6 @@ def test_slots_are_coloured_within_the_peak(name, v):
         assert lowered.num_stash_slots >= max(table.peak_in_flight())
 
 
-def tolerated(name, P, M):
-    """Largest lockstep cost over asynchronous cost at equal times, and where 1.05 cannot hold."""
-    if name in ("zb_h1", "zb_dual") and P < M < 2 * P - 1:
-        return 1.20  # The wave is not filled: W finds slack on too few ranks at once.
-    if name == "zb_v" and M < 3 * P:
-        return 1.10  # P - 1 units more than asynchronously, whatever M is.
-    if name == "dualpipe_v" and M < 8 * P:
-        return 1.15  # Whole backwards in the steady phase leave no W to fill the wave's ends with.
-    return 1.05
-
-
 @parts
 @cases
 def test_lockstep_costs_what_asynchronous_does(name, v, everything):
@@ -114,7 +106,7 @@ def test_lockstep_costs_what_asynchronous_does(name, v, everything):
     for schedule in schedules(name, v, everything):
         P, M = schedule.num_ranks, schedule.num_microbatches
         ratio = lockstep(pack(schedule), EQUAL).step_seconds / simulate(schedule, EQUAL).step_seconds
-        assert ratio <= tolerated(name, P, M), (P, M, ratio)
+        assert ratio <= 1.05, (P, M, ratio)
         worst = max(worst, ratio)
     print(f"{name} {v or ''}: lockstep / asynchronous at most {worst:.4f}")
 
@@ -125,14 +117,29 @@ def test_dual_ticks_need_no_equal_times(times):
     costs = ActionCosts(forward=f, backward=i + w, input_gradient=i, weight_gradient=w)
     for P in (1, 2, 3, 4, 8, 16):
         for M in (2 * P, 3 * P, 64):
-            for name in ("one_f_one_b", "gpipe", "interleaved", "zb_h1", "zb_dual", "zb_v"):
+            for name in ("one_f_one_b", "gpipe", "interleaved", "zb_h1", "zb_dual", "zb_v", "dualpipe_v"):
                 if name == "interleaved" and M % P:
                     continue
-                table = pack(registry.build(name, P, M), "dual")
+                table = packed(name, P, M)
                 work = table.schedule.num_chunks * M * (f + i + w)
-                split = {"zb_h1": 1, "zb_dual": 1, "zb_v": 2}
-                bubble = (P - 1) * (split[name] * (f + i - w) if name in split else f + i + w)
+                wave, v = f + i - w, f + i + max(f, i) - 2 * w
+                hop = {"zb_h1": wave, "zb_dual": wave, "zb_v": v, "dualpipe_v": v}.get(name, f + i + w)
+                bubble = (P - 1) * hop
                 assert lockstep(table, costs).step_seconds == pytest.approx(work + bubble), (name, P, M)
+
+
+@pytest.mark.parametrize("units", [UNITS, RECOMPUTING_UNITS], ids=["equal", "recomputing"])
+def test_few_microbatches_get_the_cheapest_table_for_the_times_given(units):
+    f, i, w = (units[kind] for kind in "FIW")
+    costs = ActionCosts(forward=f, backward=i + w, input_gradient=i, weight_gradient=w)
+    for P in (2, 3, 4, 8, 16):
+        for M in {1, P // 2, P, P + 1, 5 * P // 4, 3 * P // 2, 2 * P - 2} - {0}:
+            schedule = registry.build("zb_h1", P, M)
+            found = lockstep(pack(schedule, units=units), costs).step_seconds
+            single = lockstep(pack(schedule, "single"), costs).step_seconds
+            # The wave with every W beside an I or after the last one, which is the least that `filling` may do.
+            wave = (M + P - 1) * (f + i) + M * w
+            assert found <= min(single, wave), (P, M)
 
 
 @pytest.mark.parametrize("times", [(1.0, 1.0, 1.0), (1.0, 2.0, 1.0), (1.2, 1.5, 0.9), (2.0, 3.0, 0.5)])
@@ -167,6 +174,11 @@ def test_every_named_schedule_has_a_law():
 def test_an_unknown_law_is_one_sentence():
     with pytest.raises(ValueError, match="no published law for schedule 'mine'"):
         law("mine", 2, 2)
+
+
+@cache
+def packed(name, P, M):
+    return pack(registry.build(name, P, M), "dual")
 
 
 @cache

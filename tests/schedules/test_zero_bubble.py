@@ -39,5 +39,10 @@ def test_packing_zb_h1_gives_the_table_of_zb_dual():
     assert pack(zb_h1(4, 9)).ticks == pack(zb_dual(4, 9)).ticks
 
 
-def test_fewer_microbatches_than_ranks_run_one_action_per_tick():
-    assert zb_dual(8, 8).clock == "single" and zb_dual(8, 9).clock == "dual"
+def test_too_few_microbatches_to_fill_the_wave_begin_with_one_action_per_tick():
+    def most_per_tick(table):
+        return [max(sum(a.kind != "W" for a in actions) for actions in row) for row in table.ticks]
+
+    assert set(most_per_tick(pack(zb_dual(8, 8)))) == {0, 1}
+    assert most_per_tick(pack(zb_dual(8, 12)))[:23] == [1] * 23 and 2 in most_per_tick(pack(zb_dual(8, 12)))
+    assert most_per_tick(pack(zb_dual(8, 15)))[8:14] == [2] * 6
