@@ -113,7 +113,7 @@ def profile(
     Raises:
       ValueError: if the schedule does not exist for these numbers.
     """
-    P, M = num_ranks, num_microbatches
+    P, M, how = num_ranks, num_microbatches, (slots, recomputes)
     largest = LARGEST_BUILT.get(registry.canonical(name), LARGEST_BUILT_RANKS)
     small = min(P, largest)
     steady = P * STEADY_MICROBATCHES_PER_RANK.get(registry.canonical(name), 2)
@@ -150,8 +150,9 @@ def profile(
 
 
 @lru_cache(maxsize=1024)
-def _counted(name: str, P: int, M: int, num_chunks: int, slots: str | None) -> Profile:
-    table = pack(registry.build(name, P, M, num_chunks), slots)
+def _counted(name: str, P: int, M: int, num_chunks: int, how: tuple[str | None, bool]) -> Profile:
+    slots, recomputes = how
+    table = pack(registry.build(name, P, M, num_chunks), slots, RECOMPUTING_UNITS if recomputes else UNITS)
     lowered = lower(table)
     counts = Counter(part for row in table.ticks for part in _parts(row, table))
     return _profile(

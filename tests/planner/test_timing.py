@@ -60,7 +60,7 @@ def test_1f1b_costs_its_formula_in_both_clocks():
 @pytest.mark.parametrize("schedule", ["one_f_one_b", "interleaved", "zb_h1", "zb_v", "v_half", "v_min"])
 def test_counts_give_the_time_of_the_table(schedule):
     """Exactly with equal stages; with unequal ones a little more, and the more the fewer there are: 61 layers."""
-    for name, pipe, most in (("mixtral_8x7b", 4, 0.0), ("deepseek_v3", 8, 0.02), ("deepseek_v3", 4, 0.09)):
+    for name, pipe, most in (("mixtral_8x7b", 4, 0.0), ("deepseek_v3", 8, 0.025), ("deepseek_v3", 4, 0.09)):
         model, plan = plan_for(name, 256, pipe=pipe, expert=8, schedule=schedule)
         table, counted = (estimate_time(model, plan, FRONTIER, clock=c) for c in ("lockstep", "profile"))
         assert -1e-9 <= counted.step_seconds / table.step_seconds - 1 <= most + 1e-9
