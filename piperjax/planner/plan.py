@@ -6,7 +6,7 @@ from typing import Any
 from meshes.platform import Platform
 from models import cost
 from models.config import ModelConfig
-from piperjax.planner.partition import partition_layers
+from piperjax.planner.partition import partition_model
 from piperjax.schedules import registry
 from piperjax.schedules.filling import RECOMPUTING_UNITS, UNITS
 from piperjax.schedules.profile import Profile, profile
@@ -229,16 +229,25 @@ def default_plan(
             f"schedule {schedule!r} splits the model into {pipe} pipe ranks x {chunks} = {num_stages} stages, but "
             f"{model.name} has {model.num_layers} layers; use --pipe {max(1, model.num_layers // chunks)} or fewer"
         )
-    layer_costs = tuple(float(layer.total) for layer in cost.flop_per_token(model, seq_len).layers)
+    num_microbatches = num_microbatches or _default_microbatches(
+        batch_size, pipe, data * expert, schedule, num_chunks
+    )
+    layers_per_stage = partition_model(
+        model,
+        num_stages,
+        seq_len,
+        vocabulary,
+        stages_of_rank=registry.placement(schedule, pipe, num_microbatches, num_chunks),
+        recomputes=memory_mode in RECOMPUTING_MODES,
+    )
     return Plan(
         pipe=pipe,
         data=data,
         expert=expert,
         expert_factors=platform.expert_factors(expert=expert, pipe=pipe, data=data),
         schedule=schedule,
-        num_microbatches=num_microbatches
-        or _default_microbatches(batch_size, pipe, data * expert, schedule, num_chunks),
-        layers_per_stage=partition_layers(layer_costs, num_stages),
+        num_microbatches=num_microbatches,
+        layers_per_stage=layers_per_stage,
         batch_size=batch_size,
         seq_len=seq_len,
         memory_mode=memory_mode,
