@@ -50,6 +50,7 @@ class Run:
       dtype: of products.
       memory_mode: what is recomputed, as in a plan.
       capacity_factor: rows of an expert over the balanced number; 0 drops nothing.
+      node_limit: nodes that routing allows a token; None for all.
     """
 
     model: ModelConfig
@@ -67,6 +68,7 @@ class Run:
     dtype: str = "bfloat16"
     memory_mode: str = "stash"
     capacity_factor: float = 0.0
+    node_limit: int | None = None
 
     def __post_init__(self):
         if self.devices % (self.tensor * self.context * self.pipe):
@@ -164,6 +166,7 @@ def _layers(run: Run) -> list[LayerSeconds]:
             rows="exact",
             capacity_factor=run.capacity_factor,
             tensor=run.tensor,
+            node_limit=run.node_limit,
         )
         for layer in run.model.layers + run.model.layers[-1:] * run.model.prediction_layers
     ]
