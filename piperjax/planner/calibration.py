@@ -46,7 +46,14 @@ class ProductSample(NamedTuple):
 
 
 class AttentionSample(NamedTuple):
-    """Attention proper, forward or backward, of `flop` as `models/cost.py` counts them."""
+    """Attention proper, alone or followed by its gradients.
+
+    Attributes:
+      flop: of the forward pass, as `models/cost.py` counts them; gradients have twice as many.
+      seq_len, head_dim, dtype: its shape.
+      backward: whether `seconds` are those of the forward pass and of the gradients after it.
+      seconds: measured.
+    """
 
     flop: float
     seq_len: int
@@ -220,8 +227,9 @@ def _raise_peaks(device: Device, peaks: Mapping[str, float], table: str, describ
 
 
 def _with_attention(device: Device, samples: Sequence[AttentionSample]) -> tuple[Device, Fit]:
-    kinds = sorted({(s.dtype, s.backward) for s in samples})
-    which = np.array([kinds.index((s.dtype, s.backward)) for s in samples])
+    dtypes = sorted({s.dtype for s in samples})
+    which = np.array([dtypes.index(s.dtype) for s in samples])
+    followed = np.array([s.backward for s in samples])
     flop = np.array([s.flop for s in samples])
     length, width = np.array([s.seq_len for s in samples]), np.array([s.head_dim for s in samples])
     peak = np.array([device.peak_flop_per_second[s.dtype] for s in samples])
@@ -234,16 +242,20 @@ def _with_attention(device: Device, samples: Sequence[AttentionSample]) -> tuple
             half_seq=half_seq,
             half_head_dim=half_head_dim,
         )
-        fraction = shape.fraction(length, width, dtype="") * np.minimum(values[2:], 1.0)[which]
-        return flop / (peak * fraction) + device.launch_seconds
+        ahead, back = (np.minimum(part, 1.0)[which] for part in np.split(values[2:], 2))
+        work = 1 / ahead + followed * 2 / back
+        launches = (1 + followed) * device.launch_seconds
+        return flop * work / (peak * shape.fraction(length, width, dtype="")) + launches
 
-    reached = flop / np.array([s.seconds for s in samples]) / peak
-    fastest = [min(1.0, 1.5 * float(np.max(reached[which == number]))) for number in range(len(kinds))]
-    fit = fit_positive(law, [s.seconds for s in samples], [64.0, 16.0, *fastest])
-    parts = dict(zip(kinds, (_part(value) for value in fit.values[2:]), strict=True))
+    reached = flop * (1 + 2 * followed) / np.array([s.seconds for s in samples]) / peak
+    fastest = [min(1.0, 1.5 * float(np.max(reached[which == number]))) for number in range(len(dtypes))]
+    fit = fit_positive(law, [s.seconds for s in samples], [64.0, 16.0, *fastest, *fastest])
+    ahead, back = (
+        dict(zip(dtypes, map(_part, part), strict=True)) for part in np.split(np.array(fit.values[2:]), 2)
+    )
     described = Attention(
-        forward_efficiency={dtype: part for (dtype, backward), part in parts.items() if not backward},
-        backward_efficiency={dtype: part for (dtype, backward), part in parts.items() if backward},
+        forward_efficiency=ahead,
+        backward_efficiency=back,
         half_seq=_rounded(fit.values[0]),
         half_head_dim=_rounded(fit.values[1]),
         smallest_seq=min(s.seq_len for s in samples),
@@ -345,7 +357,7 @@ def _replaced(links: tuple[Link, ...], number: int, link: Link) -> tuple[Link, .
 
 
 def _part(value: float) -> float:
-    return _rounded(min(max(value, 1e-9), 1.0))
+    return _rounded(min(max(float(value), 1e-9), 1.0))
 
 
 def _rounded(value: float) -> float:

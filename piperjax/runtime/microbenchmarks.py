@@ -59,7 +59,7 @@ class Shapes:
       heads: attention, forward and backward.
       stream_bytes: of the arrays that elementwise work reads.
       copy_bytes: of the arrays that are copied to a device and back.
-      dtypes: of products and attention; the first one gets all shapes, others every second.
+      dtypes: of products and attention; the first one gets all shapes, others every third.
     """
 
     layers: tuple[Layer, ...]
@@ -159,13 +159,13 @@ def compute_tasks(shapes: Shapes, stopwatch: Stopwatch, devices: Sequence[jax.De
     yield Task("call_seconds", "call", bench.call)
     yield Task("launch_seconds", "operations", bench.launch)
     for at, dtype in enumerate(shapes.dtypes):
-        for layer in shapes.layers[:: 1 if at == 0 else 2]:
+        for layer in shapes.layers[:: 1 if at == 0 else 3]:
             for part in ("forward", "input gradient", "weight gradient"):
                 label = (
                     f"{dtype} {'experts' if layer.groups else 'dense'} {'x'.join(map(str, layer[:3]))} {part}"
                 )
                 yield Task("products", label, lambda a=(layer, part, dtype): bench.product(*a))
-        for heads in shapes.heads[:: 1 if at == 0 else 2]:
+        for heads in shapes.heads[:: 1 if at == 0 else 3]:
             label = f"{dtype} attention of {heads.seq_len} x {heads.head_dim}"
             yield Task("attention", label, lambda a=(heads, dtype): bench.attention(*a))
     if len(devices) > 1:
@@ -225,13 +225,11 @@ class _Bench:
         operands = [((B, S, N, H), dtype), ((B, S, K, H), dtype), ((B, S, K, H), dtype)]
         ahead = self._seconds(forward, operands, self.devices)
         total = self._seconds(both, [*operands, ((B, S, N, H), dtype)], self.devices)
-        # The causal half of two products of [S, H] and [H, S], twice that backward.
+        # The causal half of the two products, of queries with keys and of weights with values.
         flop = 2.0 * B * N * S * S * H
-        # What is kept for backward is computed with it here, and was subtracted before it was measured.
-        back = max(total - ahead, 0.2 * total)
         return [
             AttentionSample(flop, S, H, dtype, False, ahead),
-            AttentionSample(2 * flop, S, H, dtype, True, back),
+            AttentionSample(flop, S, H, dtype, True, total),
         ]
 
     def stream(self, num_bytes: int) -> list[BytesSample]:

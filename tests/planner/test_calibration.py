@@ -31,8 +31,8 @@ TRUE = Device(
         efficiency={"bfloat16": 0.5, "float32": 0.6}, half_rows=60, half_columns=20, half_depth=8
     ),
     attention=Attention(
-        forward_efficiency={"float32": 0.3},
-        backward_efficiency={"float32": 0.2},
+        forward_efficiency={"bfloat16": 0.2, "float32": 0.3},
+        backward_efficiency={"bfloat16": 0.1, "float32": 0.2},
         half_seq=100,
         half_head_dim=20,
     ),
@@ -70,13 +70,12 @@ def product_samples(disturb):
 
 
 def attention_samples(disturb):
-    for seq_len, head_dim, backward in itertools.product((64, 256, 1024), (16, 64), (False, True)):
-        seconds = TRUE.attention_seconds(
-            1e9, seq_len=seq_len, head_dim=head_dim, dtype="float32", backward=backward
-        )
-        yield AttentionSample(
-            1e9, seq_len, head_dim, "float32", backward, disturb(NUM_LOCAL / CONCURRENT * seconds)
-        )
+    for seq_len, head_dim, dtype in itertools.product((64, 256, 1024), (16, 64), ("float32", "bfloat16")):
+        shape = dict(seq_len=seq_len, head_dim=head_dim, dtype=dtype)
+        ahead = NUM_LOCAL / CONCURRENT * TRUE.attention_seconds(1e9, **shape)
+        back = NUM_LOCAL / CONCURRENT * TRUE.attention_seconds(2e9, **shape, backward=True)
+        yield AttentionSample(1e9, seq_len, head_dim, dtype, False, disturb(ahead))
+        yield AttentionSample(1e9, seq_len, head_dim, dtype, True, disturb(ahead + back))
 
 
 def exchange_samples(disturb):
@@ -122,8 +121,8 @@ def test_rates_come_back():
             found = device.product_seconds(m, n, k, dtype=dtype, grouped=grouped, groups=3)
             assert found == pytest.approx(expected, rel=0.02)
     assert device.matmul.half_rows == pytest.approx(24, rel=0.05)
-    for backward in (False, True):
-        shape = dict(seq_len=512, head_dim=32, dtype="float32", backward=backward)
+    for backward, dtype in itertools.product((False, True), ("float32", "bfloat16")):
+        shape = dict(seq_len=512, head_dim=32, dtype=dtype, backward=backward)
         expected = TRUE.attention_seconds(1e8, **shape)
         assert device.attention_seconds(1e8, **shape) == pytest.approx(expected, rel=0.02)
     for found, expected in zip(calibration.platform.links, PLATFORM.links, strict=True):
@@ -166,7 +165,7 @@ def test_the_file_reads_back(tmp_path):
     path = tmp_path / "true.toml"
     path.write_text(platform_toml(found))
     assert load_platform(str(path)) == found
-    assert found.rated("float32") and not found.rated("bfloat16")  # no attention was measured in bfloat16
+    assert found.rated("float32") and found.rated("bfloat16") and not found.rated("float64")
 
 
 def test_devices_with_hardware_of_their_own_keep_their_peaks():
