@@ -19,7 +19,7 @@ from piperjax.planner.network import Rows, all_reduce, axis_group, dispatch_tran
 from piperjax.planner.plan import Plan
 from piperjax.planner.shared_cores import at_once, on_shared_cores
 from piperjax.planner.step_end import itemsize_of, step_end_seconds
-from piperjax.planner.work import FLOAT32_BYTES
+from piperjax.planner.work import FLOAT32_BYTES, layer_work
 from piperjax.schedules.timeline import ActionCosts, Timeline, lockstep, simulate
 
 # Part of an all-to-all that is hidden when a plan lets the forward and the backward of a tick run side by side. The
@@ -333,6 +333,7 @@ def _notes(
             f"attention: sequences of {plan.seq_len} outside the measured range of {attention.smallest_seq:g} to "
             f"{attention.largest_seq:g}"
         )
+    notes += _unmeasured_products(model, plan, platform, imbalance)
     moe = next((layer.ffn for layer in model.layers if isinstance(layer.ffn, MoEFFN)), None)
     if moe and plan.expert > 1:
         notes += dispatch_transfer(
@@ -348,3 +349,28 @@ def _notes(
             capacity_factor=plan.capacity_factor,
         ).notes
     return tuple(notes)
+
+
+def _unmeasured_products(model: ModelConfig, plan: Plan, platform: Platform, imbalance: float) -> list[str]:
+    """Tables of products that leave their measured range, by products that are at least 1 % of a layer's FLOP."""
+    tables = {"dense": platform.device.matmul, "expert": platform.device.grouped_matmul}
+    notes = {}
+    for layer in dict.fromkeys(model.layers):
+        work = layer_work(
+            model.d_model,
+            layer,
+            tokens=tokens_per_device(plan),
+            seq_len=plan.seq_len,
+            expert=plan.expert,
+            imbalance=imbalance,
+        )
+        flop = {p: 2 * max(p.groups, 1) * p.rows * p.columns * p.depth for p in work.products}
+        for product, amount in flop.items():
+            name = "expert" if product.groups else "dense"
+            table = tables[name]
+            if table and amount > 0.01 * sum(flop.values()) and not table.covers(amount):
+                notes[name] = (
+                    f"{name} products: {amount:.2g} FLOP for {product.name} outside the measured range of "
+                    f"{table.smallest_flop:.2g} to {table.largest_flop:.2g}"
+                )
+    return list(notes.values())

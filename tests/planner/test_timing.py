@@ -148,3 +148,17 @@ def test_unknown_clock_is_refused():
     model, plan = plan_for()
     with pytest.raises(ValueError, match="lockstep, profile or async, got 'wall'"):
         estimate_time(model, plan, FRONTIER, clock="wall")
+
+
+def test_what_leaves_the_measured_range_is_said():
+    model, plan = plan_for()
+    matmul = dataclasses.replace(FRONTIER.device.matmul, smallest_flop=1e6, largest_flop=1e9)
+    grouped = dataclasses.replace(FRONTIER.device.grouped_matmul, smallest_flop=1e6, largest_flop=1e15)
+    device = dataclasses.replace(FRONTIER.device, matmul=matmul, grouped_matmul=grouped)
+    found = estimate_time(model, plan, dataclasses.replace(FRONTIER, device=device))
+    (note,) = found.notes
+    assert note.startswith("dense products: ")
+    assert note.endswith("outside the measured range of 1e+06 to 1e+09")
+    before = estimate_time(model, plan, FRONTIER)
+    assert before.notes == ()
+    assert found.uncertainty_fraction > before.uncertainty_fraction
