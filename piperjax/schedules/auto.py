@@ -6,26 +6,17 @@ forwards may run ahead and which of F and I goes first are tried in turn; then n
 as long as that shortens the step. No solver, and never worse than a named schedule within the limit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from itertools import pairwise, product
 from math import floor, inf
 from typing import NamedTuple
 
-from piperjax.schedules.classic import gpipe, one_f_one_b
-from piperjax.schedules.dualpipe import dualpipe_v
-from piperjax.schedules.interleaved import interleaved
+from piperjax.schedules import named
 from piperjax.schedules.schedule import Action, Schedule, loop_placement, v_placement
 from piperjax.schedules.ticks import most_between, pack
 from piperjax.schedules.timeline import ActionCosts, lockstep, simulate
-from piperjax.schedules.v_shaped import v_half, v_min, zb_v
-from piperjax.schedules.zero_bubble import zb_dual, zb_h1, zb_h2
 
-# Those that hold least come first: of two equally short ones the first is taken.
-NAMED: dict[int, tuple[Callable[..., Schedule], ...]] = {
-    1: (one_f_one_b, zb_h1, zb_dual, zb_h2, gpipe),
-    2: (v_min, v_half, zb_v, dualpipe_v, interleaved),
-}
 PER_STAGE = (
     "forward",
     "backward",
@@ -112,11 +103,8 @@ def chunk_costs(schedule: Schedule, costs: ActionCosts) -> ActionCosts:
 
 def _candidates(P: int, M: int, v: int, costs: ActionCosts, limit: float) -> Iterator[Schedule]:
     """Every named schedule with v chunks per rank, then the greedy ones."""
-    for builder in NAMED.get(v, (interleaved,)):
-        try:
-            yield builder(P, M, v) if builder is interleaved else builder(P, M)
-        except ValueError:
-            continue  # It does not exist for so few microbatches, or for this number.
+    # Those that hold least come first: of two equally short ones the first is taken.
+    yield from sorted(named.build_all(P, M, v), key=_most_held)
     placements = [loop_placement(P, v)] + ([v_placement(P)] if v == 2 else [])
     most = floor(min(limit, M) * v + 1e-9)
     # What wins most often comes first; large cases stop early.
@@ -154,7 +142,7 @@ def _fitting(schedule: Schedule, limit: float, clock: str) -> Iterator[Schedule]
     """The schedule if it fits the limit, on each clock that does."""
     allowed = limit * schedule.num_chunks + 1e-9
     if clock == "async":
-        if max(most_between("F", "BW", actions) for actions in schedule.ranks) <= allowed:
+        if _most_held(schedule) <= allowed:
             yield schedule
         return
     # Two actions per tick make the same wave of any order on a V, and that one has a name already.
@@ -163,6 +151,10 @@ def _fitting(schedule: Schedule, limit: float, clock: str) -> Iterator[Schedule]
         laid_out = replace(schedule, clock=slots)
         if max(pack(laid_out).peak_held()) <= allowed:
             yield laid_out
+
+
+def _most_held(schedule: Schedule) -> int:
+    return max(most_between("F", "BW", actions) for actions in schedule.ranks)
 
 
 def _seconds(schedule: Schedule, costs: ActionCosts, clock: str) -> float:

@@ -119,3 +119,12 @@ def test_a_schedule_file_says_how_many_microbatches_there_are(tmp_path):
     path.write_text(str(tiny_plan(schedule="gpipe", pipe=2, num_microbatches=4).build_schedule()))
     plan = tiny_plan(schedule=str(path), pipe=2)
     assert plan.num_microbatches == 4
+
+
+def test_overlap_is_refused_where_one_action_runs_per_tick_and_the_advice_helps():
+    options = dict(pipe=2, data=2, expert=2, num_microbatches=2, overlap=True)
+    with pytest.raises(ValueError, match="use one_f_one_b, interleaved, zb_h1 or zb_v"):
+        tiny_plan(schedule="v_half", **options)
+    # Also with no more microbatches than ranks.
+    for schedule in ("one_f_one_b", "interleaved", "zb_h1", "zb_v"):
+        assert tiny_plan(schedule=schedule, **options).tick_table().head_comes_first
