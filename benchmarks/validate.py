@@ -125,7 +125,7 @@ def report(results: Results) -> bool:
         met &= outcome.is_met
         values = _shown(outcome)
         print(
-            f"  {outcome.kind:<11}{outcome.label:<51}{values}  {'' if outcome.is_met else 'MISSED  '}{outcome.note}"
+            f"  {outcome.kind:<14}{outcome.label:<50}{values}  {'' if outcome.is_met else 'MISSED  '}{outcome.note}"
         )
     for reason, number in results.skipped.most_common():
         print(f"\nskipped {number}: {reason}", end="")
