@@ -5,13 +5,15 @@ without padding, little is recomputed, gradients are reduced behind the backward
 devices, and software takes time beside what the device must do.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 from meshes.platform import Platform
 from models import cost
-from models.config import ModelConfig
+from models.config import LayerConfig, ModelConfig, MoEFFN
 from piperjax.planner.layer_time import LayerSeconds, price_layer
+from piperjax.planner.network import Group, all_gather
 from piperjax.planner.partition import partition_layers
 
 
@@ -42,8 +44,8 @@ class Run:
       platform: where it runs.
       software: habits of the framework.
       devices: how many it takes.
-      tensor, context, pipe, virtual, expert: degrees; `virtual` stages per pipe rank. Experts are not divided by
-        `tensor`; they are shared by consecutive devices.
+      tensor, context, pipe, virtual, expert: degrees; `virtual` stages per pipe rank.
+      expert_tensor: devices that divide the features of an expert; 1 where only other parts are divided by `tensor`.
       microbatch: sequences of one microbatch of one data-parallel group.
       global_batch: sequences of a step.
       seq_len: tokens of a sequence.
@@ -62,6 +64,7 @@ class Run:
     pipe: int = 1
     virtual: int = 1
     expert: int = 1
+    expert_tensor: int = 1
     microbatch: int = 1
     global_batch: int = 1
     seq_len: int = 4096
@@ -76,9 +79,10 @@ class Run:
                 f"{self.devices} devices do not divide by tensor {self.tensor} x context {self.context} x pipe "
                 f"{self.pipe}"
             )
-        if self.devices // self.pipe % self.expert:
+        share = self.expert * self.expert_tensor
+        if self.devices // self.pipe % share:
             raise ValueError(
-                f"{self.devices // self.pipe} devices of a stage do not divide by expert {self.expert}"
+                f"{self.devices // self.pipe} devices of a stage do not divide by expert {share}"
             )
         if self.global_batch % (self.microbatch * self.groups):
             raise ValueError(
@@ -149,27 +153,54 @@ def _interleaved(run: Run, layers: list[LayerSeconds]) -> tuple[float, float]:
 
 
 def _layers(run: Run) -> list[LayerSeconds]:
-    factors = run.platform.expert_factors(
-        expert=run.expert, pipe=run.pipe, data=run.devices // (run.pipe * run.expert)
+    price = cache(lambda layer: _divided(run, layer) if _divides(run, layer) else _priced(run, layer))
+    return [price(layer) for layer in run.model.layers + run.model.layers[-1:] * run.model.prediction_layers]
+
+
+def _priced(run: Run, layer: LayerConfig, *, expert_stride: int = 1, imbalance: float = 1.0) -> LayerSeconds:
+    group, node, local = run.platform.expert_factors(
+        expert=run.expert * expert_stride,
+        pipe=run.pipe,
+        data=run.devices // (run.pipe * run.expert * expert_stride),
     )
-    return [
-        price_layer(
-            run.model.d_model,
-            layer,
-            run.platform,
-            tokens=run.tokens,
-            seq_len=run.seq_len,
-            expert_factors=factors,
-            dtype=run.dtype,
-            memory_mode=run.memory_mode,
-            dispatcher=run.software.dispatcher,
-            rows="exact",
-            capacity_factor=run.capacity_factor,
-            tensor=run.tensor,
-            node_limit=run.node_limit,
-        )
-        for layer in run.model.layers + run.model.layers[-1:] * run.model.prediction_layers
-    ]
+    return price_layer(
+        run.model.d_model,
+        layer,
+        run.platform,
+        tokens=run.tokens,
+        seq_len=run.seq_len,
+        expert_factors=(group, node, max(1, local // expert_stride)),
+        dtype=run.dtype,
+        memory_mode=run.memory_mode,
+        dispatcher=run.software.dispatcher,
+        rows="exact",
+        imbalance=imbalance,
+        capacity_factor=run.capacity_factor,
+        tensor=run.tensor,
+        node_limit=run.node_limit,
+    )
+
+
+def _divides(run: Run, layer: LayerConfig) -> bool:
+    return run.expert_tensor > 1 and isinstance(layer.ffn, MoEFFN)
+
+
+def _divided(run: Run, layer: LayerConfig) -> LayerSeconds:
+    """A layer whose experts are divided by `expert_tensor` devices, which gather each other's rows and sum results.
+
+    Every device multiplies the rows of all of them by its part of the features.
+    """
+    shared = run.expert_tensor
+    exchanges = _priced(run, layer, expert_stride=shared)
+    part = replace(layer, ffn=replace(layer.ffn, d_ff=max(1, layer.ffn.d_ff // shared)))
+    compute = _priced(run, part, expert_stride=shared, imbalance=shared)
+    rows_bytes = run.tokens * shared * layer.ffn.experts_per_token * run.model.d_model * 2
+    gather = all_gather(run.platform, Group(shared), rows_bytes).seconds
+    return replace(
+        compute,
+        exchange_forward=exchanges.exchange_forward + 2 * gather,
+        exchange_backward=exchanges.exchange_backward + 2 * gather,
+    )
 
 
 def _layer_total(run: Run, layer: LayerSeconds) -> float:

@@ -218,8 +218,6 @@ def _folding(row: Mapping[str, Any]) -> Record:
     par = degrees(row["par"])
     if "FSDP" in row["strategy"]:
         raise UnknownRowError("parameters gathered layer by layer (FSDP) are not modelled")
-    if par.get("ETP") != 1 and par.get("TP", 1) > 1:
-        raise UnknownRowError("experts divided by the tensor axis are not modelled")
     model, platform = model_of(row["model"]), platform_of(row["hw"])
     run = Run(
         model=model,
@@ -228,6 +226,7 @@ def _folding(row: Mapping[str, Any]) -> Record:
         tensor=par.get("TP", 1),
         pipe=par.get("PP", 1),
         expert=par.get("EP", 1),
+        expert_tensor=par.get("ETP", par.get("TP", 1)),
         global_batch=row["gbs"],
         seq_len=row["seq"],
         dtype=_dtype(row["prec"]),

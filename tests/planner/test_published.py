@@ -120,6 +120,19 @@ def test_a_run_by_its_laws():
     assert once == pytest.approx(twice, rel=0.01)
 
 
+def test_experts_divided_by_the_tensor_axis_cost_exchanges():
+    """As much to multiply, in thinner products, and every row gathered and summed once more."""
+
+    def run(**changes):
+        options = dict(devices=128, tensor=4, pipe=8, expert=4, global_batch=256, software=Software())
+        return Run(model=preset("mixtral_8x22b"), platform=load_platform("h100_pod"), **options | changes)
+
+    whole, divided = (predict(run(expert_tensor=shared)).layer for shared in (1, 4))
+    assert divided.experts == pytest.approx(whole.experts, rel=0.15)
+    assert divided.exchange_forward > 1.5 * whole.exchange_forward
+    assert divided.dense == whole.dense
+
+
 def test_rank_correlation_by_hand():
     assert rank_correlation([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
