@@ -53,6 +53,7 @@ class Run:
       memory_mode: what is recomputed, as in a plan.
       capacity_factor: rows of an expert over the balanced number; 0 drops nothing.
       node_limit: nodes that routing allows a token; None for all.
+      gathers_parameters: whether each layer is gathered for each pass and its gradients scattered (FSDP), exposed.
     """
 
     model: ModelConfig
@@ -72,6 +73,7 @@ class Run:
     memory_mode: str = "stash"
     capacity_factor: float = 0.0
     node_limit: int | None = None
+    gathers_parameters: bool = False
 
     def __post_init__(self):
         if self.devices % (self.tensor * self.context * self.pipe):
@@ -143,6 +145,9 @@ def predict(run: Run) -> Prediction:
 def _interleaved(run: Run, layers: list[LayerSeconds]) -> tuple[float, float]:
     """Seconds of work of the busiest rank, and of its bubble: `(P - 1) / v` times a rank's mean microbatch."""
     seconds = [_layer_total(run, layer) for layer in layers]
+    if run.gathers_parameters:
+        configs = run.model.layers + run.model.layers[-1:] * run.model.prediction_layers
+        seconds = [total + _gather_seconds(run, c) for total, c in zip(seconds, configs, strict=True)]
     seconds[-1] += _head_seconds(run)
     by_rank, first = [0.0] * run.pipe, 0
     for stage, count in enumerate(partition_layers(tuple(seconds), run.pipe * run.virtual)):
@@ -208,6 +213,21 @@ def _layer_total(run: Run, layer: LayerSeconds) -> float:
     exchanges = software.exposed * (layer.exchange_forward + layer.exchange_backward)
     device = layer.dense + layer.experts + layer.attention + software.streams * layer.streams + exchanges
     return max(device, software.host_seconds)
+
+
+def _gather_seconds(run: Run, layer: LayerConfig) -> float:
+    """Parameters of a layer gathered for forward and for backward, and its gradients reduced, in 16 bits."""
+    counted = cost.layer_parameters(run.model, layer)
+    share = run.expert * run.expert_tensor
+    buffers = [
+        (Group(run.groups, run.tensor, run.devices), (counted.total - counted.experts) / run.tensor),
+        (Group(run.devices // (run.pipe * share), share, run.devices), counted.experts / share),
+    ]
+    return 3 * sum(
+        all_gather(run.platform, group, 2 * size).seconds
+        for group, size in buffers
+        if group.size > 1 and size
+    )
 
 
 def _head_seconds(run: Run) -> float:

@@ -216,8 +216,6 @@ def degrees(text: str) -> dict[str, int]:
 def _folding(row: Mapping[str, Any]) -> Record:
     """MoE Parallel Folding (arXiv 2504.14960), Table 3: dropping experts, microbatches of one sequence."""
     par = degrees(row["par"])
-    if "FSDP" in row["strategy"]:
-        raise UnknownRowError("parameters gathered layer by layer (FSDP) are not modelled")
     model, platform = model_of(row["model"]), platform_of(row["hw"])
     run = Run(
         model=model,
@@ -231,11 +229,12 @@ def _folding(row: Mapping[str, Any]) -> Record:
         seq_len=row["seq"],
         dtype=_dtype(row["prec"]),
         capacity_factor=row["cap_factor"],
+        gathers_parameters="FSDP" in row["strategy"],
         software=DROPPING,
     )
     flop = cost.flop_per_token(model, row["seq"]).step
     return Record(
-        label=f"{row['model']} {row['par']} {row['gpus']} devices",
+        label=f"{row['model']} {row['strategy']} {row['par']} {row['gpus']} devices",
         platform=platform.name,
         unit="tokens/s",
         published=row["mfu"] / 100 * row["peak"] * 1e12 / flop,

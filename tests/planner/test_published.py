@@ -133,6 +133,20 @@ def test_experts_divided_by_the_tensor_axis_cost_exchanges():
     assert divided.dense == whole.dense
 
 
+def test_gathered_parameters_cost_what_travels():
+    """Three times every microbatch, so that more microbatches of fewer tokens are slower."""
+
+    def run(**changes):
+        options = dict(devices=64, expert=8, global_batch=256, software=Software())
+        return Run(model=preset("qwen2_57b_a14b"), platform=load_platform("h100_pod"), **options | changes)
+
+    plain, once, often = (
+        predict(run(gathers_parameters=gathers, microbatch=size)).tokens_per_second
+        for gathers, size in ((False, 4), (True, 4), (True, 1))
+    )
+    assert plain > once > 1.5 * often
+
+
 def test_rank_correlation_by_hand():
     assert rank_correlation([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
