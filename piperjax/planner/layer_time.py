@@ -8,9 +8,11 @@ backward 2, or 4 where it repeats those of forward, or 6 where whole stages are 
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from math import ceil
+from typing import NamedTuple
 
 from meshes.platform import Device, Platform
 from models.config import LayerConfig, ModelConfig, MoEFFN
+from piperjax.planner.kept import Share, kept_bytes, tap_bytes
 from piperjax.planner.network import Group, Rows, all_gather, dispatch_transfer
 from piperjax.planner.work import FLOAT32_BYTES, LayerWork, Product, layer_work
 
@@ -111,7 +113,20 @@ def price_layer(
         buffer_rows=buffer_rows,
         itemsize=itemsize,
     )
-    compute = _Pricing(device, work, dtype, base, seq_len).seconds(memory_mode)
+    pricing = _Pricing(device, work, dtype, base, seq_len)
+    held = Held()
+    if rows == "static":
+        share = Share(
+            sequences=round(tokens / seq_len),
+            seq_len=seq_len,
+            expert=expert,
+            capacity_factor=capacity_factor,
+            dtype=base,
+        )
+        kept, taps = (count(d_model, layer, share, memory_mode) for count in (kept_bytes, tap_bytes))
+        weights = itemsize * sum(p.weights for p in work.products)
+        held = Held(kept_bytes=kept, tap_bytes=taps, weight_bytes=weights)
+    compute = pricing.seconds(memory_mode, held)
     row_bytes = d_model * itemsize
     forward = backward = 0.0
     if isinstance(ffn, MoEFFN) and expert > 1:
@@ -152,6 +167,22 @@ def _repeats(memory_mode: str) -> int:
     return {"stage": 2, "layer": 1}.get(memory_mode, 0)
 
 
+class Held(NamedTuple):
+    """Bytes of a layer in buffers with room for several: of layers, microbatches, or both (`runtime/slots.py`).
+
+    What is written there is copied, and so is what is read. Other frameworks keep every tensor for itself.
+
+    Attributes:
+      kept_bytes: what forward leaves for backward.
+      tap_bytes: what an input gradient leaves for a weight gradient.
+      weight_bytes: weights, which forward and backward cut out of those of all layers.
+    """
+
+    kept_bytes: float = 0.0
+    tap_bytes: float = 0.0
+    weight_bytes: float = 0.0
+
+
 @dataclass(frozen=True)
 class _Pricing:
     """The work of a layer on a device, for products in `dtype` and everything else in `base`."""
@@ -162,9 +193,12 @@ class _Pricing:
     base: str
     seq_len: int
 
-    def seconds(self, memory_mode: str) -> dict[str, float]:
+    def seconds(self, memory_mode: str, held: Held) -> dict[str, float]:
         """Fields of `LayerSeconds` without exchanges."""
         forward = self._forward(lambda _: True, attention=1.0, streams=lambda _: True)
+        copies = self._stream(2 * (held.kept_bytes + held.weight_bytes), 1) if held.kept_bytes else 0.0
+        taps = self._stream(2 * held.tap_bytes, 1) if held.tap_bytes else 0.0
+        forward["streams"] += copies
         again = self._recomputed(memory_mode)
         products = self.work.products
         inputs = self._by_kind(products, self._input_gradient)
@@ -179,14 +213,15 @@ class _Pricing:
             )
         for p in products:  # Gradients are added up in float32.
             weights["streams"] += self._stream(2 * FLOAT32_BYTES * p.weights, 0)
+        inputs["streams"] += copies
         total = {kind: forward[kind] + again[kind] + inputs[kind] + weights[kind] for kind in forward}
         input_gradient = sum(again.values()) + sum(inputs.values())
         weight_gradient = sum(weights.values())
         return {
             "forward": sum(forward.values()),
             "backward": input_gradient + weight_gradient,
-            "input_gradient": input_gradient,
-            "weight_gradient": weight_gradient,
+            "input_gradient": input_gradient + taps,
+            "weight_gradient": weight_gradient + taps,
             **total,
         }
 

@@ -22,6 +22,8 @@ from piperjax.runtime.stopwatch import Body, Stopwatch, line_of, looped, operand
 
 # Operations of a round when the cost of a single one is measured.
 CHAIN = 16
+# Features of a row that elementwise work goes through.
+STREAM_WIDTH = 256
 
 
 class Task(NamedTuple):
@@ -58,6 +60,7 @@ class Shapes:
       layers: forward, input gradient and weight gradient are three products each.
       heads: attention, forward and backward.
       stream_bytes: of the arrays that elementwise work reads.
+      working_bytes: of all arrays between which it alternates, on one device; more than caches hold.
       copy_bytes: of the arrays that are copied to a device and back.
       dtypes: of products and attention; the first one gets all shapes, others every third.
     """
@@ -65,6 +68,7 @@ class Shapes:
     layers: tuple[Layer, ...]
     heads: tuple[Heads, ...]
     stream_bytes: tuple[int, ...]
+    working_bytes: int
     copy_bytes: tuple[int, ...]
     dtypes: tuple[str, ...]
 
@@ -114,7 +118,8 @@ _CPU = Shapes(
         Heads(1, 1024, 4, 32),
         Heads(1, 512, 4, 128),
     ),
-    stream_bytes=(2**13, 2**17, 2**21, 2**15, 2**19, 2**23),
+    stream_bytes=(2**15, 2**19, 2**22, 2**17, 2**21, 2**24),
+    working_bytes=2**25,
     copy_bytes=(2**20, 2**23, 2**16, 2**26),
     dtypes=("float32", "bfloat16"),
 )
@@ -147,7 +152,8 @@ _GPU = Shapes(
         Heads(1, 4096, 16, 64),
         Heads(1, 4096, 8, 256),
     ),
-    stream_bytes=(2**16, 2**22, 2**28, 2**14, 2**18, 2**20, 2**24, 2**26, 2**30),
+    stream_bytes=(2**16, 2**22, 2**28, 2**14, 2**18, 2**20, 2**24, 2**26, 2**29),
+    working_bytes=2**29,
     copy_bytes=(2**22, 2**28, 2**16, 2**20, 2**24, 2**30),
     dtypes=("bfloat16", "float32"),
 )
@@ -175,7 +181,9 @@ def compute_tasks(shapes: Shapes, stopwatch: Stopwatch, devices: Sequence[jax.De
                 "alone", f"one device alone, {'x'.join(map(str, layer[:3]))}", lambda a=layer: bench.alone(a)
             )
     for size in shapes.stream_bytes:
-        yield Task("streams", f"elementwise, {size:,} bytes", lambda a=size: bench.stream(a))
+        yield Task(
+            "streams", f"elementwise, {size:,} bytes", lambda a=size: bench.stream(a, shapes.working_bytes)
+        )
     for size in shapes.copy_bytes:
         yield Task("copies", f"copies, {size:,} bytes", lambda a=size: bench.copy(a))
 
@@ -232,10 +240,20 @@ class _Bench:
             AttentionSample(flop, S, H, dtype, True, total),
         ]
 
-    def stream(self, num_bytes: int) -> list[BytesSample]:
-        shape = (num_bytes // 4,)
-        seconds = self._seconds(lambda x: x * 1.0001 + 0.5, [(shape, "float32")], self.devices)
-        return [BytesSample(2.0 * num_bytes, seconds)]
+    def stream(self, num_bytes: int, working_bytes: int) -> list[BytesSample]:
+        """Normalises one array after the other, as many as a step goes through before it comes back to the first.
+
+        One array alone would stay in a cache, and be several times as fast.
+        """
+        rows = max(1, num_bytes // (4 * STREAM_WIDTH))
+        arrays = max(2, working_bytes // num_bytes)
+
+        def normalise(x: jax.Array) -> jax.Array:
+            return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+
+        shape = (arrays, rows, STREAM_WIDTH)
+        seconds = self._seconds(lambda stack: lax.map(normalise, stack), [(shape, "float32")], self.devices)
+        return [BytesSample(2.0 * 4 * rows * STREAM_WIDTH, seconds / arrays)]
 
     def copy(self, num_bytes: int) -> list[BytesSample]:
         """To a device and back, half of the time each."""

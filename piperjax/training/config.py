@@ -128,7 +128,7 @@ class TrainConfig:
 
     Attributes:
       model: what is trained.
-      plan: how it is laid out; None lets `default_plan` choose for the devices that are found.
+      plan: how it is laid out; None lets the planner choose for the devices that are found.
       out: run directory, with run.json, metrics.jsonl and checkpoints/.
       steps: length of the run, counted from its very beginning.
       seed: seed of the initial parameters.

@@ -13,7 +13,6 @@ import jax
 from meshes.mesh import build_mesh
 from meshes.platform import Platform
 from models import cost
-from piperjax.planner.plan import default_plan
 from piperjax.runtime.executor import Executor
 from piperjax.training import banner, distributed
 from piperjax.training.checkpoint import Checkpoints
@@ -32,6 +31,7 @@ from piperjax.training.metrics import (
     step_record,
     validation_line,
 )
+from piperjax.training.planning import planned
 from piperjax.training.prediction import Prediction, predict, verdict
 from piperjax.training.run_directory import RunLock, make_run_directory
 from piperjax.training.run_file import check_same_run, write_run_file
@@ -85,7 +85,7 @@ def train(
     """Trains to `config.steps`, going on from the last checkpoint in `config.out` if there is one.
 
     Args:
-      config: the run. Without a plan, `default_plan` makes one for the devices.
+      config: the run. Without a plan, the planner makes one for the devices.
       devices: what to run on; every device of every process by default.
       notes: lines to print on how the plan came about.
       on_record: called with every step's and every validation's record, on process 0.
@@ -98,14 +98,8 @@ def train(
     devices = jax.devices() if devices is None else list(devices)
     platform = find_platform(config.platform, devices)
     if config.plan is None:
-        plan = default_plan(
-            config.model,
-            platform,
-            len(devices),
-            batch_size=config.data.batch_size,
-            seq_len=config.data.seq_len,
-        )
-        config = replace(config, plan=plan)
+        chosen = planned(config, platform, len(devices))
+        config, notes = replace(config, plan=chosen.plan), chosen.notes
     with ExitStack() as cleanup:
         run = _prepare(
             config, platform, devices, cleanup=cleanup, notes=notes, on_record=on_record, stream=stream

@@ -4,14 +4,15 @@ import argparse
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from meshes.platform import Platform
 from models.config import ModelConfig
 from piperjax.planner.candidates import WISHES
-from piperjax.planner.plan import Plan, default_plan
+from piperjax.planner.plan import Plan
+from piperjax.planner.search import Candidate, Choice, choose_plan
 from piperjax.training.config import TrainConfig
 from piperjax.training.overrides import Tree, override, parse
 
@@ -110,7 +111,7 @@ def _name(described: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class Planned:
     """The plan of a run.
 
     Attributes:
@@ -177,7 +178,7 @@ def make_plan(
     *,
     changes: Tree,
     plan_file: PlanFile | None = None,
-) -> Choice:
+) -> Planned:
     """Returns the plan: that of a file, else that of the resumed run where it fits the devices, else the planner's.
 
     Args:
@@ -196,7 +197,7 @@ def make_plan(
         plan_file.check(config.model, num_devices, batch_size=batch, seq_len=seq_len)
         made_on = f", made for {plan_file.platform}" if plan_file.platform else ""
         note = f"given by {plan_file.path}{made_on}"
-        return Choice(plan=override(plan_file.plan, changes, where="plan"), notes=(note,))
+        return Planned(plan=override(plan_file.plan, changes, where="plan"), notes=(note,))
     sizes = _filled(requested_sizes(args), num_devices)
     flags = {"schedule": args.schedule, "num_microbatches": args.microbatches}
     asked, rest = _parsed(changes)
@@ -205,10 +206,53 @@ def make_plan(
     if resumed is not None:
         fits = resumed.num_devices == num_devices and not SIZES & wished.keys()
         if fits and not STRUCTURE & wished.keys():
-            return Choice(plan=override(resumed, changes, where="plan"))
+            return Planned(plan=override(resumed, changes, where="plan"))
         wished = _kept(resumed, wished, fits=fits) | wished
-    plan = default_plan(config.model, platform, num_devices, batch_size=batch, seq_len=seq_len, **wished)
-    return Choice(plan=override(plan, rest, where="plan"))
+    found = planned(config, platform, num_devices, wished=wished)
+    return replace(found, plan=override(found.plan, rest, where="plan"))
+
+
+def planned(
+    config: TrainConfig, platform: Platform, num_devices: int, *, wished: Mapping[str, Any] | None = None
+) -> Planned:
+    """Returns the planner's choice and what it says about it.
+
+    Raises:
+      ValueError: if no plan is possible.
+    """
+    chosen = choose_plan(
+        config.model,
+        platform,
+        num_devices,
+        batch_size=config.data.batch_size,
+        seq_len=config.data.seq_len,
+        dtype=config.dtype,
+        wished=wished,
+    )
+    return Planned(plan=chosen.plan, notes=_reasons(chosen))
+
+
+def _reasons(chosen: Choice) -> tuple[str, ...]:
+    """Why this plan, and why not the next."""
+    if chosen.result is None:
+        return (f"by a simple rule, because {chosen.reason}",)
+    best, *others = chosen.result.ranked
+    plans = len(chosen.result.scores.seconds)
+    counted = f"{plans:,} plan{'s' if plans != 1 else ''} on {chosen.result.num_meshes} meshes"
+    notes = [f"{best.mesh}: the quickest of {counted}, {best.time.step_seconds:.3g} s a step predicted"]
+    if others:
+        notes.append(
+            f"{others[0].mesh} would take {others[0].margin:.1%} longer: {_difference(best, others[0])}"
+        )
+    return tuple(notes)
+
+
+def _difference(best: Candidate, other: Candidate) -> str:
+    """What the other plan spends more on."""
+    parts = best.time.parts.keys() | other.time.parts.keys()
+    more = {part: other.time.parts.get(part, 0.0) - best.time.parts.get(part, 0.0) for part in sorted(parts)}
+    part = max(more, key=more.__getitem__)
+    return f"{more[part]:.2g} s more of {part.replace('_', ' ')}"
 
 
 def _kept(resumed: Plan, wished: Mapping[str, Any], *, fits: bool) -> dict[str, Any]:

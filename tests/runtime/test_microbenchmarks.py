@@ -14,6 +14,7 @@ SHAPES = Shapes(
     layers=(Layer(8, 16, 32), Layer(16, 16, 16), Layer(4, 16, 32, groups=2)),
     heads=(Heads(1, 16, 4, 8),),
     stream_bytes=(2**10,),
+    working_bytes=2**12,
     copy_bytes=(2**10,),
     dtypes=("float32", "bfloat16"),
 )

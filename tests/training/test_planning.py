@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
-from meshes.platform import load_platform
+from meshes.platform import Device, Platform, load_platform
 from piperjax.training import cli
 from piperjax.training.overrides import parse_assignments
 from piperjax.training.planning import make_plan, read_plan_file, requested_sizes
@@ -40,11 +41,30 @@ def sizes(plan):
         ("--pipe 2 --expert -1", (2, 1, 4)),
         ("--pipe 2 --expert 2 --data-parallel -1", (2, 2, 2)),
         ("--mesh data=-1,pipe=2", (2, 4, 1)),
-        ("", (1, 2, 4)),
     ],
 )
 def test_axis_sizes(flags, expected):
     assert sizes(planned(*flags.split())) == expected
+
+
+@pytest.mark.parametrize("flags", ["", "--mesh auto"])
+def test_without_sizes_the_planner_chooses_and_says_why_not_the_next(flags):
+    chosen = choice(*flags.split())
+    assert chosen.plan.num_devices == 8
+    best, second = chosen.notes
+    assert (
+        f"pipe={chosen.plan.pipe}, data={chosen.plan.data}, expert={chosen.plan.expert}: the quickest of"
+        in best
+    )
+    assert re.search(r"would take \d+\.\d% longer: \S+ s more of \w+", second)
+
+
+def test_without_rates_a_simple_rule_chooses_and_says_so():
+    bare = Platform(name="bare", description="no rates", device=Device(), devices_per_node=8)
+    args = cli.parse_arguments([])
+    chosen = make_plan(args, cli.configuration(args, {}), bare, 8, changes={})
+    assert sizes(chosen.plan) == (1, 1, 8)
+    assert chosen.notes[0].startswith("by a simple rule, because no rates of bare in float32 are known")
 
 
 def test_plan_fields_can_be_set():
@@ -75,7 +95,8 @@ def test_resume_keeps_the_plan_where_the_devices_are_as_many(begun):
 def test_resume_plans_anew_for_other_devices_or_sizes(begun):
     directory, _ = begun
     assert planned("--resume", str(directory), num_devices=4).num_devices == 4
-    assert sizes(planned("--resume", str(directory), "--pipe", "4")) == (4, 1, 2)
+    plan = planned("--resume", str(directory), "--pipe", "4")
+    assert plan.pipe == 4 and plan.num_devices == 8
 
 
 def test_a_resumed_run_keeps_its_capacity_on_any_mesh(begun):
