@@ -1,10 +1,10 @@
-"""`python -m piperjax show | simulate | measure | sample`: schedules, networks, this machine, generated text."""
+"""`python -m piperjax plan | show | simulate | measure | sample`: plans, schedules, networks, this machine, text."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from piperjax.planner import network_table
+from piperjax.planner import network_table, plan_command
 from piperjax.schedules import show
 from piperjax.training import measure
 
@@ -21,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. A user's mistake is one sentence and code 2."""
     parser = _Parser(prog="python -m piperjax", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    plan = commands.add_parser(
+        "plan", help="find the best mesh and schedule for a model on a machine, and why"
+    )
+    plan_command.add_arguments(plan)
     drawing = commands.add_parser("show", help="draw a pipeline schedule as text, or as SVG with --svg")
     show.add_arguments(drawing)
     simulation = commands.add_parser("simulate", help="all-to-alls on a machine: flat, halo2 and halo3")

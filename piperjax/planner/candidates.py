@@ -121,6 +121,10 @@ class Order(NamedTuple):
     num_chunks: int
     overlap: bool = False
 
+    def __str__(self) -> str:
+        chunks = f" x{self.num_chunks}" if self.asked_chunks else ""
+        return f"{self.schedule}{chunks}{' overlapped' if self.overlap else ''}"
+
     @property
     def layout(self) -> str | None:
         """How `ticks.pack` lays the schedule out."""

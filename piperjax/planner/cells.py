@@ -18,9 +18,10 @@ from piperjax.planner.layer_time import layer_seconds
 from piperjax.planner.network import axis_group, best_dispatcher, permute
 from piperjax.planner.partition import partition_layers
 from piperjax.planner.plan import Plan
+from piperjax.planner.shared_cores import at_once
 from piperjax.planner.step_end import itemsize_of, step_end_seconds
 from piperjax.planner.storage import kinds_of, storage
-from piperjax.planner.timing import vocabulary_seconds
+from piperjax.planner.timing import vocabulary_exchange_seconds, vocabulary_seconds
 
 # Tokens, targets, weights, positions and segments: five numbers of 4 bytes.
 BATCH_BYTES_PER_TOKEN = 5 * 4
@@ -36,6 +37,7 @@ class Cell(NamedTuple):
       layers: seconds of F, B, I, W, and of the exchanges in F and in B or I, `[modes, kinds, 6]`.
       transfer: seconds of one exchange with the neighbours.
       outer: seconds of embedding and head of one microbatch, `[vocabularies]`.
+      outer_exchange: seconds of exchanges in it, `[vocabularies]`.
       step_end: seconds once per step.
       kept, taps: bytes per layer that a forward and an input gradient leave, `[modes, kinds]`.
       activation: bytes of what a stage passes on.
@@ -51,6 +53,7 @@ class Cell(NamedTuple):
     layers: np.ndarray
     transfer: float
     outer: np.ndarray
+    outer_exchange: np.ndarray
     step_end: float
     kept: np.ndarray
     taps: np.ndarray
@@ -85,8 +88,13 @@ def _cell(question: Question, index: int, mesh: Mesh, num_microbatches: int) -> 
     ]
     dispatch, layers, kept, taps, layer_phase = _layers(question, share, plans[0].expert_factors)
     activation = share.tokens * model.d_model * itemsize_of(dtype)
-    everybody = [mesh.data * mesh.expert * (mesh.pipe if plan.vocabulary == "split" else 1) for plan in plans]
-    outer = np.array([sum(vocabulary_seconds(model, plan, platform, dtype=dtype).values()) for plan in plans])
+    outer = [sum(vocabulary_seconds(model, plan, platform, dtype=dtype).values()) for plan in plans]
+    # One for the embedding, three for the head, one for the gradient of the embedding.
+    exchanges = 2 + 3 * (1 + model.prediction_layers)
+    exchange = [vocabulary_exchange_seconds(model, plan, platform, dtype=dtype) for plan in plans]
+    reduction, optimizer = step_end_seconds(model, plans[0], platform, dtype=dtype)
+    if platform.device.concurrent_devices is not None:
+        optimizer = at_once(platform, question.num_devices * optimizer)
     return Cell(
         index=index,
         mesh=mesh,
@@ -94,8 +102,9 @@ def _cell(question: Question, index: int, mesh: Mesh, num_microbatches: int) -> 
         dispatch=question.dispatchers.index(dispatch),
         layers=layers,
         transfer=2 * permute(platform, axis_group(plans[0], "pipe"), activation).seconds,
-        outer=platform.device.together_seconds(outer, outer * np.array(everybody)),
-        step_end=sum(step_end_seconds(model, plans[0], platform, dtype=dtype)),
+        outer=np.array(outer),
+        outer_exchange=exchanges * np.array(exchange),
+        step_end=reduction + optimizer,
         kept=kept,
         taps=taps,
         activation=activation,

@@ -14,7 +14,7 @@ PALETTE = (
 INK, SOFT, GRID, PAPER, ALARM = "#24292f", "#6b737c", "#e3e6ea", "#ffffff", "#b3362b"
 FONT = 'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif"'
 WIDTH = 860
-LETTER = 6.4  # Width of a letter at 12 px, near enough to lay out legends.
+LETTER = 7.0  # Width of a letter at 12 px, near enough to lay out legends.
 
 
 class Bar(NamedTuple):
@@ -69,12 +69,14 @@ class Axis:
       log: whether it is logarithmic.
       show: how a number on it is written.
       from_zero: whether it begins at 0.
+      ticks: where lines are drawn; by default at round numbers.
     """
 
     title: str
     log: bool = False
     show: Callable[[float], str] = "{:g}".format
     from_zero: bool = True
+    ticks: tuple[float, ...] | None = None
 
 
 def stacked_bars(
@@ -162,7 +164,8 @@ class _Scale:
         else:
             low = min(0.0, low) if axis.from_zero else low - 0.05 * (high - low)
             high += 0.05 * (high - low) or 1.0
-        self.ticks = [tick for tick in _ticks(low, high, log=axis.log) if low <= tick <= high]
+        ticks = axis.ticks or _ticks(low, high, log=axis.log)
+        self.ticks = [tick for tick in ticks if low <= tick <= high]
         self.low, self.high = self._place(low), self._place(high)
         self.first, self.last = first, last
 
@@ -203,7 +206,7 @@ def _ticks(low: float, high: float, *, log: bool) -> list[float]:
     """Round numbers that cover a range: 1, 2 or 5 times powers of ten, or powers of ten, or of two if these are few."""
     if log:
         decades = range(floor(log10(low)), ceil(log10(high)) + 1)
-        if len(decades) > 3:
+        if len(decades) > 4:
             return [10.0**power for power in decades]
         return [digit * 10.0**power for power in decades for digit in (1, 2, 5)]
     raw = (high - low) / 5 or 1.0

@@ -20,10 +20,11 @@ WORDS = {
     "stash": "activations in flight",
     "taps": "inputs kept for weight gradients",
     "dispatch": "dispatch buffers",
+    "batch": "tokens of the step",
 }
 
 
-def check_room(question: Question, scores: Scores) -> None:
+def check_room(question: Question, scores: Scores, *, advise: bool = True) -> None:
     """Says how much the leanest plan lacks and what would fit, if nothing does.
 
     Raises:
@@ -31,20 +32,21 @@ def check_room(question: Question, scores: Scores) -> None:
     """
     if scores.fits.any():
         return
+    advice = f"; {nearest_that_fits(question)}" if advise else ""
     asked = ", ".join(f"{name}={value}" for name, value in question.wished.items())
     where = f"{question.num_devices} {question.platform.name} devices" + (f" with {asked}" if asked else "")
     if not len(scores.seconds):
         raise ValueError(
             f"no plan for {question.model.name} on {where} exists: its schedule does not fit the pipe ranks and "
-            f"microbatches; {nearest_that_fits(question)}"
+            f"microbatches{advice}"
         )
     row = int(scores.num_bytes.argmin())
     memory = memory_of(question, scores, row)
     lacking = memory.total - capacity_bytes(question)
     raise ValueError(
         f"{question.model.name} does not fit {where}: the leanest plan ({scores.meshes[scores.mesh[row]]}) needs "
-        f"{memory.total / GIB:.1f} GiB, {lacking / GIB:.1f} more than a device has; largest: {largest_terms(memory)}; "
-        f"{nearest_that_fits(question)}"
+        f"{memory.total / GIB:.1f} GiB, {lacking / GIB:.1f} more than a device has; largest: {largest_terms(memory)}"
+        f"{advice}"
     )
 
 

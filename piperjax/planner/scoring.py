@@ -15,7 +15,7 @@ import numpy as np
 from models.config import ModelConfig
 from piperjax.planner.candidates import Mesh, Order, Question, Rejections, memory_modes, orders, vocabularies
 from piperjax.planner.cells import Cell, groups, layers_by_flop
-from piperjax.planner.plan import Plan
+from piperjax.planner.plan import RECOMPUTING_MODES, Plan
 from piperjax.planner.storage import most_layers_of_kind, storage
 from piperjax.planner.timing import HIDDEN_FRACTION
 from piperjax.schedules import registry
@@ -56,6 +56,22 @@ class Scores:
         """Whether a device has room for it, bool `[rows]`."""
         return self.num_bytes <= capacity_bytes(self.question)
 
+    def row_of(self, plan: Plan) -> int:
+        """The row of a plan, however its layers are divided."""
+        mesh = self.meshes.index((plan.pipe, plan.data, plan.expert))
+        chunks = len(plan.layers_per_stage) // plan.pipe
+        order = self.orders.index((plan.schedule, chunks, plan.overlap))
+        mode = memory_modes(self.question).index(plan.memory_mode)
+        vocabulary = vocabularies(self.question, plan.pipe).index(plan.vocabulary)
+        (found,) = np.flatnonzero(
+            (self.mesh == mesh)
+            & (self.order == order)
+            & (self.num_microbatches == plan.num_microbatches)
+            & (self.memory_mode == mode)
+            & (self.vocabulary == vocabulary)
+        )
+        return int(found)
+
     def plan(self, row: int) -> Plan:
         """The plan of one row."""
         mesh, order = self.meshes[self.mesh[row]], self.orders[self.order[row]]
@@ -87,10 +103,11 @@ def score(question: Question, meshes: list[Mesh], rejections: Rejections) -> Sco
     known = {order: number for number, order in enumerate(_all_orders(question, meshes))}
     blocks = []
     for cells in groups(question, meshes):
-        for order in orders(question, cells[0].mesh.pipe):
-            counted = _counted(question, cells, order, rejections)
-            if counted:
-                blocks.append(_block(question, cells, order, counted, number=known[order]))
+        blocks += [
+            _block(question, cells, order, number=known[order])
+            for order in orders(question, cells[0].mesh.pipe)
+            if _exists(question, cells, order, rejections)
+        ]
     columns = {
         name: np.concatenate([block[name] for block in blocks]) for name in (blocks[0] if blocks else ())
     }
@@ -126,31 +143,34 @@ def _count_unfit(scores: Scores, rejections: Rejections) -> None:
         )
 
 
-def _counted(question: Question, cells: list[Cell], order: Order, rejections: Rejections) -> Profile | None:
-    """The profile of a schedule, or None if it does not exist for so many microbatches."""
+def _exists(question: Question, cells: list[Cell], order: Order, rejections: Rejections) -> bool:
+    """Whether there is such a schedule for so many microbatches."""
     pipe, number = cells[0].mesh.pipe, cells[0].num_microbatches
-    plans = len(cells) * len(memory_modes(question)) * len(vocabularies(question, pipe))
     try:
         registry.check(order.schedule, pipe, number, order.asked_chunks)
     except ValueError:
+        plans = len(cells) * len(memory_modes(question)) * len(vocabularies(question, pipe))
         reason = f"{order.schedule} does not exist for every number of microbatches"
         rejections.add(reason, f"{number} microbatches on {pipe} pipe ranks", what="plans", count=plans)
-        return None
-    if order.overlap and order.schedule == "zb_h1" and number <= pipe:
-        reason = "overlap needs ticks with a forward and a backward"
-        rejections.add(
-            reason, f"{order.schedule}, {number} microbatches on {pipe} pipe ranks", what="plans", count=plans
-        )
-        return None
-    return profile(order.schedule, pipe, number, order.asked_chunks, order.layout)
+        return False
+    return True
 
 
-def _block(question: Question, cells: list[Cell], order: Order, counted: Profile, *, number: int) -> dict:
+def _block(question: Question, cells: list[Cell], order: Order, *, number: int) -> dict[str, np.ndarray]:
     """Columns of all candidates of these cells with this order."""
-    modes, placed = memory_modes(question), vocabularies(question, cells[0].mesh.pipe)
-    partition = layers_by_flop(question.model, question.seq_len, cells[0].mesh.pipe * order.num_chunks)
-    seconds = _seconds(question, cells, order, counted, partition)
-    num_bytes = _num_bytes(question, cells, counted, partition)
+    pipe, microbatches = cells[0].mesh.pipe, cells[0].num_microbatches
+    modes, placed = memory_modes(question), vocabularies(question, pipe)
+    partition = layers_by_flop(question.model, question.seq_len, pipe * order.num_chunks)
+    # Tick tables are laid out for backwards that recompute, or for those that do not.
+    recomputing = np.array([mode in RECOMPUTING_MODES for mode in modes])[:, None]
+    priced = {}
+    for recomputes in set(recomputing.ravel().tolist()):
+        sizes = (order.schedule, pipe, microbatches, order.asked_chunks, order.layout)
+        counted = profile(*sizes, recomputes=recomputes)
+        seconds = _seconds(question, cells, order, counted, partition)
+        priced[recomputes] = seconds, _num_bytes(question, cells, counted, partition)
+    some = next(iter(priced.values()))
+    seconds, num_bytes = np.where(recomputing, priced.get(True, some), priced.get(False, some))
     shape = (len(cells), len(modes), len(placed))
 
     def column(values, axis: int) -> np.ndarray:
@@ -161,7 +181,7 @@ def _block(question: Question, cells: list[Cell], order: Order, counted: Profile
         "mesh": column([cell.index for cell in cells], 0),
         "dispatch": column([cell.dispatch for cell in cells], 0),
         "order": column([number], 0),
-        "num_microbatches": column([cells[0].num_microbatches], 0),
+        "num_microbatches": column([microbatches], 0),
         "memory_mode": column(range(len(modes)), 1),
         "vocabulary": column(range(len(placed)), 2),
         "seconds": seconds,
@@ -190,13 +210,33 @@ def _seconds(
         forward, backward, sent, returned = (stages[..., i] for i in (0, 1, 4, 5))
         saved = HIDDEN_FRACTION * (np.minimum(sent, backward) + np.minimum(returned, forward)).min(-1)
     seconds = counted.seconds(np.concatenate([pace, saved[..., None]], axis=-1))
-    work = np.einsum("k,nmkj->nmj", whole, layers)
-    work = work[..., kinds].sum(-1) + work[..., 4] + work[..., 5]
-    beside = np.array([cell.mesh.data * cell.mesh.expert for cell in cells])
-    seconds = device.together_seconds(seconds, number * beside[:, None] * work)
-    seconds = seconds + (counted.num_ticks * np.array([cell.transfer for cell in cells]))[:, None]
-    once = number * np.stack([cell.outer for cell in cells]) + np.array([[cell.step_end] for cell in cells])
-    return seconds[..., None] + once[:, None]
+    transfers = counted.num_ticks * np.array([cell.transfer for cell in cells])
+    outer = number * np.stack([cell.outer for cell in cells])
+    seconds = (seconds + transfers[:, None])[..., None] + outer[:, None]
+    if device.concurrent_devices is not None:
+        work = np.einsum("k,nmkj->nmj", whole, layers) / cells[0].mesh.pipe
+        seconds = np.maximum(
+            seconds, _on_shared_cores(question, cells, work, kinds) + transfers[:, None, None]
+        )
+    return seconds + np.array([cell.step_end for cell in cells])[:, None, None]
+
+
+def _on_shared_cores(question: Question, cells: list[Cell], work: np.ndarray, kinds: list[int]) -> np.ndarray:
+    """Seconds that the cores of a host need for all its devices (`shared_cores`), `[cells, modes, vocabularies]`.
+
+    Args:
+      question: what is asked.
+      cells: the cells.
+      work: seconds of F, B, I, W and of the exchanges in F and B of a rank on average, `[cells, modes, 6]`.
+      kinds: which of the first four a schedule has.
+    """
+    number, pipe = cells[0].num_microbatches, cells[0].mesh.pipe
+    everybody = np.array([1 if place == "split" else 1 / pipe for place in vocabularies(question, pipe)])
+    exchange = np.stack([cell.outer_exchange for cell in cells])
+    outer = np.stack([cell.outer for cell in cells]) - exchange
+    computed = work[..., kinds].sum(-1)[..., None] + (outer * everybody)[:, None]
+    at_once = question.platform.device.together_seconds(0.0, question.num_devices * computed)
+    return number * (at_once + work[..., 4:].sum(-1)[..., None] + exchange[:, None])
 
 
 def _num_bytes(

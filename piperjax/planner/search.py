@@ -142,13 +142,27 @@ def search(
     return answer(question, keep=keep)
 
 
-def answer(question: Question, *, keep: int = KEPT) -> SearchResult:
-    """Finds the best plans; see `search`."""
+def answer(
+    question: Question, *, keep: int = KEPT, capacity_factor: float | None = None, advise: bool = True
+) -> SearchResult:
+    """Finds the best plans; see `search`.
+
+    Args:
+      question: what is asked.
+      keep: most plans to return.
+      capacity_factor: tried where nothing fits without dropping rows; None to drop none.
+      advise: look for the nearest that fits where nothing does, which takes a few more searches.
+    """
     rejections = Rejections()
     possible = meshes(question, rejections)
     check_some(question, possible, rejections)
     scores = score(question, possible, rejections)
-    check_room(question, scores)
+    if not scores.fits.any():
+        if capacity_factor and "capacity_factor" not in question.wished:
+            limited = replace(question, wished=dict(question.wished) | {"capacity_factor": capacity_factor})
+            if score(limited, possible, Rejections()).fits.any():
+                return answer(limited, keep=keep)
+        check_room(question, scores, advise=advise)
     ranked = _ranked(scores, keep)
     return SearchResult(
         question=question,

@@ -1,0 +1,137 @@
+"""Explanations: why a mesh lost, and what every single choice of the best plan is worth."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from piperjax.planner.candidates import AXES, Question, memory_modes, vocabularies
+from piperjax.planner.scoring import Scores
+from piperjax.planner.search import Candidate, SearchResult, answer
+
+PART_WORDS = {
+    "compute": "computation",
+    "exposed_all_to_all": "all-to-all that nothing hides",
+    "head": "embedding and head",
+    "pipeline_transfer": "exchanges between pipe ranks",
+    "bubble": "bubble",
+    "gradient_reduction": "reduction of gradients",
+    "optimizer": "optimizer",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Why a mesh lost.
+
+    Attributes:
+      asked: sizes and other fields that were asked for.
+      candidate: the best plan with them; None if there is none that fits.
+      sentence: why it lost.
+      parts: seconds of every part of a step, of the best plan and of this one; empty if none fits.
+    """
+
+    asked: Mapping[str, Any]
+    candidate: Candidate | None
+    sentence: str
+    parts: tuple[tuple[str, float, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variation:
+    """The best plan with one choice made otherwise.
+
+    Attributes:
+      choice: which.
+      value: what instead.
+      slower: how much longer a step takes, as a fraction; negative if shorter.
+      num_bytes: bytes on a device.
+      fits: whether a device has them.
+    """
+
+    choice: str
+    value: str
+    slower: float
+    num_bytes: float
+    fits: bool
+
+
+def explain(result: SearchResult, asked: Mapping[str, Any]) -> Explanation:
+    """Searches again with some fields given, and compares with the best plan.
+
+    Raises:
+      ValueError: if a field is unknown or has an impossible value.
+    """
+    kept = {name: value for name, value in result.question.wished.items() if name not in AXES}
+    question = replace(result.question, wished=kept | dict(asked))
+    try:
+        candidate = answer(question, keep=1).best
+    except ValueError as error:
+        return Explanation(asked=asked, candidate=None, sentence=str(error))
+    best = result.best
+    parts = tuple(
+        (part, seconds, candidate.time.parts.get(part, 0.0)) for part, seconds in best.time.parts.items()
+    )
+    return Explanation(
+        asked=asked, candidate=candidate, sentence=_compared(best, candidate, parts), parts=parts
+    )
+
+
+def _compared(best: Candidate, candidate: Candidate, parts: tuple[tuple[str, float, float], ...]) -> str:
+    if candidate.plan == best.plan:
+        return "this is the best plan"
+    difference = candidate.time.step_seconds - best.time.step_seconds
+    share = difference / best.time.step_seconds
+    if difference <= 0:
+        return f"its best plan is {-share:.1%} quicker than the best of the search that was asked for"
+    name, before, after = max(parts, key=lambda part: part[2] - part[1])
+    saved = min(parts, key=lambda part: part[2] - part[1])
+    sentence = (
+        f"its best plan takes {candidate.time.step_seconds:.4g} s, {share:.1%} longer: most of it is "
+        f"{PART_WORDS.get(name, name)}, {after:.4g} s instead of {before:.4g}"
+    )
+    if saved[2] < saved[1]:
+        sentence += f", against {saved[1] - saved[2]:.4g} s less of {PART_WORDS.get(saved[0], saved[0])}"
+    uncertainty = best.time.uncertainty_fraction
+    if share < uncertainty / 2:
+        sentence += f"; with +- {uncertainty:.0%} on either, a difference that only a measurement decides"
+    return sentence
+
+
+def variations(result: SearchResult) -> tuple[Variation, ...]:
+    """The best plan with its schedule, microbatches, memory mode, vocabulary or overlap changed, one at a time."""
+    scores, question = result.scores, result.question
+    best = scores.row_of(result.best.plan)
+    columns = {
+        "schedule": scores.order,
+        "microbatches": scores.num_microbatches,
+        "memory mode": scores.memory_mode,
+        "vocabulary": scores.vocabulary,
+    }
+    same = {name: values == values[best] for name, values in columns.items()}
+    on_mesh = scores.mesh == scores.mesh[best]
+    found = []
+    for choice in columns:
+        others = np.logical_and.reduce([same[name] for name in columns if name != choice] + [on_mesh])
+        found += [
+            Variation(
+                choice=choice,
+                value=_value(scores, question, choice, int(row)),
+                slower=float(scores.seconds[row] / scores.seconds[best]) - 1,
+                num_bytes=float(scores.num_bytes[row]),
+                fits=bool(scores.fits[row]),
+            )
+            for row in np.flatnonzero(others & ~same[choice])
+        ]
+    return tuple(sorted(found, key=lambda one: (list(columns).index(one.choice), one.slower)))
+
+
+def _value(scores: Scores, question: Question, choice: str, row: int) -> str:
+    if choice == "schedule":
+        return str(scores.orders[scores.order[row]])
+    if choice == "microbatches":
+        return str(scores.num_microbatches[row])
+    if choice == "memory mode":
+        return memory_modes(question)[scores.memory_mode[row]]
+    return vocabularies(question, scores.meshes[scores.mesh[row]].pipe)[scores.vocabulary[row]]
