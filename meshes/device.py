@@ -37,6 +37,8 @@ class Products:
       half_rows: m at which the rate is half; 0 if it does not depend on m.
       half_columns: n at which the rate is half.
       half_depth: k at which the rate is half.
+      weight_gradient_fraction: rate of a weight gradient, which sums over rows, over that of any other product of its
+        shape, by dtype name; 1 where it is not given.
       smallest_flop: FLOP of the smallest product that was measured; None where no range is known.
       largest_flop: of the largest.
       provenance: where the numbers come from.
@@ -46,21 +48,26 @@ class Products:
     half_rows: float = 0.0
     half_columns: float = 0.0
     half_depth: float = 0.0
+    weight_gradient_fraction: Mapping[str, float] = field(default_factory=dict, hash=False)
     smallest_flop: float | None = None
     largest_flop: float | None = None
     provenance: Provenance = "assumed"
 
     def __post_init__(self) -> None:
         check_by_dtype("efficiency", self.efficiency, check_fraction, example="bfloat16 = 0.6")
+        check_by_dtype(
+            "weight_gradient_fraction", self.weight_gradient_fraction, check_rate, example="float32 = 0.5"
+        )
         for name in ("half_rows", "half_columns", "half_depth"):
             check_size(f"{name}", getattr(self, name))
         check_range("the range of FLOP", self.smallest_flop, self.largest_flop)
         check_provenance("its", self.provenance)
 
-    def fraction(self, m: Any, n: Any, k: Any, *, dtype: str) -> Any:
+    def fraction(self, m: Any, n: Any, k: Any, *, dtype: str, weight_gradient: bool = False) -> Any:
         """Part of the peak that the product reaches; numbers or arrays."""
         shape = m / (m + self.half_rows) * (n / (n + self.half_columns)) * (k / (k + self.half_depth))
-        return self.efficiency[dtype] * shape
+        kind = self.weight_gradient_fraction.get(dtype, 1.0) if weight_gradient else 1.0
+        return self.efficiency[dtype] * kind * shape
 
     def covers(self, flop: Any) -> Any:
         """Whether a product of `flop` lies in the measured range; True where no range is known."""
@@ -185,7 +192,15 @@ class Device:
         return self.peak_flop_per_second.get(dtype)
 
     def product_seconds(
-        self, m: Any, n: Any, k: Any, *, dtype: str, grouped: bool = False, groups: Any = 1
+        self,
+        m: Any,
+        n: Any,
+        k: Any,
+        *,
+        dtype: str,
+        grouped: bool = False,
+        groups: Any = 1,
+        weight_gradient: bool = False,
     ) -> Any:
         """Seconds of one product [m, k] x [k, n], launch included; numbers or arrays.
 
@@ -196,13 +211,14 @@ class Device:
           dtype: of the operands.
           grouped: whether it is the product of experts.
           groups: number of groups, each with its own [k, n].
+          weight_gradient: whether k counts rows, of activations and of their gradients.
 
         Raises:
           ValueError: if the platform does not say how fast products are.
         """
         table = "grouped_matmul" if grouped else "matmul"
         products: Products = self._rates(table, dtype, "efficiency")
-        rate = self._peak(dtype) * products.fraction(m, n, k, dtype=dtype)
+        rate = self._peak(dtype) * products.fraction(m, n, k, dtype=dtype, weight_gradient=weight_gradient)
         return 2 * groups * m * n * k / rate + self.launch_seconds
 
     def attention_seconds(

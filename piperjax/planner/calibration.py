@@ -37,12 +37,25 @@ class ProductSample(NamedTuple):
     k: int
     groups: int
     dtype: str
+    weight_gradient: bool
     seconds: float
 
     @property
     def flop(self) -> float:
         """Floating-point operations."""
         return 2.0 * max(self.groups, 1) * self.m * self.n * self.k
+
+    def predicted(self, device: Device) -> float:
+        """Seconds that a device's rates say, working alone."""
+        return device.product_seconds(
+            self.m,
+            self.n,
+            self.k,
+            dtype=self.dtype,
+            grouped=self.groups > 0,
+            groups=max(self.groups, 1),
+            weight_gradient=self.weight_gradient,
+        )
 
 
 class AttentionSample(NamedTuple):
@@ -190,16 +203,22 @@ def _with_products(
     fastest = [max(s.flop / s.seconds for s in samples if s.dtype == dtype) for dtype in dtypes]
     limits = np.array([device.peak_flop_per_second.get(d, np.inf) if keep_peak else np.inf for d in dtypes])
 
+    is_weight = np.array([s.weight_gradient for s in samples])
+
     def law(values: np.ndarray) -> np.ndarray:
         rows, columns, depth = values[:3]
-        rate = np.minimum(values[3:], limits)[which]
+        rates, parts = np.split(values[3:], 2)
+        rate = np.minimum(rates, limits)[which] * np.where(is_weight, parts[which], 1.0)
         return (
             2 * np.maximum(groups, 1) * (m + rows) * (n + columns) * (k + depth) / rate
             + device.launch_seconds
         )
 
-    fit = fit_positive(law, seconds, [16.0, 16.0, 16.0, *(1.2 * rate for rate in fastest)])
-    rates = dict(zip(dtypes, np.minimum(fit.values[3:], limits), strict=True))
+    fit = fit_positive(
+        law, seconds, [16.0, 16.0, 16.0, *(1.2 * rate for rate in fastest), *(1.0 for _ in dtypes)]
+    )
+    found, parts = np.split(np.array(fit.values[3:]), 2)
+    rates = dict(zip(dtypes, np.minimum(found, limits), strict=True))
     peaks = dict(device.peak_flop_per_second) if keep_peak or table == "grouped_matmul" else {}
     for dtype, rate, seen in zip(dtypes, rates.values(), fastest, strict=True):
         peaks[dtype] = _rounded(max(rate, seen, peaks.get(dtype, 0.0)))
@@ -209,6 +228,7 @@ def _with_products(
         half_rows=_rounded(fit.values[0]),
         half_columns=_rounded(fit.values[1]),
         half_depth=_rounded(fit.values[2]),
+        weight_gradient_fraction=dict(zip(dtypes, map(_rounded, parts), strict=True)),
         smallest_flop=min(flop),
         largest_flop=max(flop),
         provenance="measured",

@@ -51,9 +51,7 @@ def _products(calibration: Calibration, measurements: Measurements) -> str:
             if (s.dtype, bool(s.groups)) != (dtype, is_grouped):
                 continue
             shape = f"[{s.m}, {s.k}] x [{s.k}, {s.n}]" + (f" for {s.groups} experts" if s.groups else "")
-            seconds = device.product_seconds(
-                s.m, s.n, s.k, dtype=dtype, grouped=is_grouped, groups=max(s.groups, 1)
-            )
+            seconds = s.predicted(device)
             points.append(Point(s.flop, s.flop * together / s.seconds, title=shape))
             law.append(Point(s.flop, s.flop / seconds, title=f"{shape}, law"))
         name = f"{dtype} {'experts' if is_grouped else 'dense'}"

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Deviations below this do not count as outliers, in units of the measured seconds.
-SCATTER = 0.03
+# Deviations below this are averaged, as a part of the measured seconds; larger ones count as outliers.
+SCATTER = 0.2
 # How firmly parameters that the samples say nothing of stay where they began.
 PRIOR = 1e-3
 
@@ -36,10 +36,11 @@ def fit_positive(
     *,
     rounds: int = 200,
 ) -> Fit:
-    """Fits the parameters of a law to measured seconds, by least absolute deviation of logarithms.
+    """Fits the parameters of a law to measured seconds, by the least deviation of logarithms.
 
-    Iteratively reweighted least squares: a sample that deviates by r of its seconds weighs 1 / r, so that a few
-    disturbed samples do not pull the law away from the others. Steps are those of Levenberg and Marquardt in the
+    Iteratively reweighted least squares: a sample that deviates by more than `SCATTER` weighs the less the more it
+    does (the cost is hypot(r, SCATTER), least absolute deviation far away), so that a few disturbed samples do not pull
+    the law away from the others. Steps are those of Levenberg and Marquardt in the
     logarithms of the parameters, which therefore stay positive.
 
     Args:

@@ -270,15 +270,21 @@ class _Pricing:
         return self._multiply(p, p.rows, p.depth, p.columns)
 
     def _weight_gradient(self, p: Product) -> float:
-        return self._multiply(p, p.depth, p.columns, p.rows)
+        return self._multiply(p, p.depth, p.columns, p.rows, weight_gradient=True)
 
-    def _multiply(self, p: Product, m: float, n: float, k: float) -> float:
+    def _multiply(self, p: Product, m: float, n: float, k: float, *, weight_gradient: bool = False) -> float:
         dtype = self.dtype
         if p.is_wide:
             table = self.device.matmul
             dtype = "float32" if table and "float32" in table.efficiency else self.base
         return self.device.product_seconds(
-            m, n, k, dtype=dtype, grouped=p.groups > 0, groups=max(p.groups, 1)
+            m,
+            n,
+            k,
+            dtype=dtype,
+            grouped=p.groups > 0,
+            groups=max(p.groups, 1),
+            weight_gradient=weight_gradient,
         )
 
     def _attention(self, *, backward: bool = False) -> float:

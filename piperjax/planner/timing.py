@@ -156,7 +156,7 @@ def vocabulary_seconds(
     head = (
         device.product_seconds(tokens, vocabulary, D, dtype=base)
         + device.product_seconds(tokens, D, vocabulary, dtype=base)
-        + device.product_seconds(vocabulary, D, tokens, dtype=base)
+        + device.product_seconds(vocabulary, D, tokens, dtype=base, weight_gradient=True)
         # Logits are written, read for their maximum, read and written as exponentials, read for the gradient.
         + device.stream_seconds(5.5 * logits)
         + device.stream_seconds(2 * FLOAT32_BYTES * vocabulary * D)

@@ -211,7 +211,8 @@ class _Bench:
     def product(self, layer: Layer, part: str, dtype: str) -> list[ProductSample]:
         """One product, in the shape that rates are stated for: rows, columns, depth."""
         body, operands, (m, n, k) = _product(layer, part, dtype)
-        return [ProductSample(m, n, k, layer.groups, dtype, self._seconds(body, operands, self.devices))]
+        seconds = self._seconds(body, operands, self.devices)
+        return [ProductSample(m, n, k, layer.groups, dtype, part == "weight gradient", seconds)]
 
     def alone(self, layer: Layer) -> list[tuple[float, float]]:
         body, operands, _ = _product(layer, "forward", "float32")

@@ -106,7 +106,7 @@ def measure(platform: Platform, devices: "Sequence[jax.Device]", *, quick: bool)
 
     backend = devices[0].platform
     local = [device for device in devices if device.process_index == jax.process_index()]
-    own = Stopwatch(repeats=3, target_seconds=0.015) if quick else Stopwatch(repeats=7, target_seconds=0.05)
+    own = Stopwatch(repeats=3, target_seconds=0.015) if quick else Stopwatch(repeats=5, target_seconds=0.04)
     together = Stopwatch(repeats=own.repeats, target_seconds=own.target_seconds, agree=_agree)
     sizes = exchange_sizes(quick=quick, backend=backend)
     tasks = [

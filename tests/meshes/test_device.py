@@ -51,6 +51,20 @@ def test_seconds_of_a_product_are_those_of_a_larger_one_at_full_rate():
     assert grouped == pytest.approx(8 * 2 * full + 1e-5)
 
 
+def test_weight_gradients_have_a_rate_of_their_own():
+    slow = replace(PRODUCTS, weight_gradient_fraction={"float32": 0.5})
+    device = replace(DEVICE, matmul=slow, launch_seconds=0.0)
+    usual = device.product_seconds(64, 64, 64, dtype="float32")
+    assert device.product_seconds(64, 64, 64, dtype="float32", weight_gradient=True) == pytest.approx(
+        2 * usual
+    )
+    assert PRODUCTS.fraction(8, 8, 8, dtype="float32", weight_gradient=True) == PRODUCTS.fraction(
+        8, 8, 8, dtype="float32"
+    )
+    with pytest.raises(ValueError, match="weight_gradient_fraction.float32 must be a positive number"):
+        replace(PRODUCTS, weight_gradient_fraction={"float32": 0})
+
+
 def test_attention_is_stated_at_long_sequences_and_heads_of_128():
     assert ATTENTION.fraction(1e12, 128, dtype="float32") == pytest.approx(0.4)
     assert ATTENTION.fraction(512, 128, dtype="float32") == pytest.approx(0.2)

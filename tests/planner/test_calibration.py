@@ -25,7 +25,11 @@ TRUE = Device(
     peak_flop_per_second={"bfloat16": 4e11, "float32": 2e11},
     memory_bytes_per_second=2e10,
     matmul=Products(
-        efficiency={"bfloat16": 0.8, "float32": 1.0}, half_rows=24, half_columns=40, half_depth=12
+        efficiency={"bfloat16": 0.8, "float32": 1.0},
+        weight_gradient_fraction={"float32": 0.4},
+        half_rows=24,
+        half_columns=40,
+        half_depth=12,
     ),
     grouped_matmul=Products(
         efficiency={"bfloat16": 0.5, "float32": 0.6}, half_rows=60, half_columns=20, half_depth=8
@@ -64,9 +68,10 @@ NUM_LOCAL, CONCURRENT = 4, 1.6
 
 def product_samples(disturb):
     shapes = itertools.product((16, 128, 512), (64, 512), (64, 512))
-    for (m, n, k), groups, dtype in itertools.product(shapes, (0, 4), ("float32", "bfloat16")):
-        seconds = TRUE.product_seconds(m, n, k, dtype=dtype, grouped=groups > 0, groups=max(groups, 1))
-        yield ProductSample(m, n, k, groups, dtype, disturb(NUM_LOCAL / CONCURRENT * seconds))
+    kinds = itertools.product((0, 4), ("float32", "bfloat16"), (False, True))
+    for (m, n, k), (groups, dtype, weight_gradient) in itertools.product(shapes, list(kinds)):
+        sample = ProductSample(m, n, k, groups, dtype, weight_gradient, 1.0)
+        yield sample._replace(seconds=disturb(NUM_LOCAL / CONCURRENT * sample.predicted(TRUE)))
 
 
 def attention_samples(disturb):
@@ -115,11 +120,12 @@ def test_rates_come_back():
     assert device.call_seconds == 3e-4
     assert device.host_bytes_per_second == 1e9
     assert device.memory_bytes_per_second == pytest.approx(2e10, rel=0.01)
-    for m, n, k in ((32, 100, 200), (400, 300, 64)):
-        for dtype, grouped in itertools.product(("float32", "bfloat16"), (False, True)):
-            expected = TRUE.product_seconds(m, n, k, dtype=dtype, grouped=grouped, groups=3)
-            found = device.product_seconds(m, n, k, dtype=dtype, grouped=grouped, groups=3)
-            assert found == pytest.approx(expected, rel=0.02)
+    for (m, n, k), grouped in itertools.product(((32, 100, 200), (400, 300, 64)), (False, True)):
+        for dtype, weight_gradient in itertools.product(("float32", "bfloat16"), (False, True)):
+            shape = dict(dtype=dtype, grouped=grouped, groups=3, weight_gradient=weight_gradient)
+            expected = TRUE.product_seconds(m, n, k, **shape)
+            assert device.product_seconds(m, n, k, **shape) == pytest.approx(expected, rel=0.03)
+    assert device.matmul.weight_gradient_fraction == pytest.approx({"float32": 0.4, "bfloat16": 1}, rel=0.05)
     assert device.matmul.half_rows == pytest.approx(24, rel=0.05)
     for backward, dtype in itertools.product((False, True), ("float32", "bfloat16")):
         shape = dict(seq_len=512, head_dim=32, dtype=dtype, backward=backward)
@@ -174,7 +180,7 @@ def test_devices_with_hardware_of_their_own_keep_their_peaks():
     seconds = 2 * m * n * k / 600e12
     samples = Measurements(
         num_local=1,
-        products=tuple(ProductSample(m, n, c * k, 0, "bfloat16", c * seconds) for c in (1, 2)),
+        products=tuple(ProductSample(m, n, c * k, 0, "bfloat16", False, c * seconds) for c in (1, 2)),
         streams=(BytesSample(1e9, 1e9 / 3e12),),
     )
     found = calibrate(h100, samples, shares_cores=False).platform
