@@ -163,7 +163,7 @@ class _Scale:
             low, high = low / 1.15, high * 1.15
         else:
             low = min(0.0, low) if axis.from_zero else low - 0.05 * (high - low)
-            high += 0.05 * (high - low) or 1.0
+            high += 0.12 * (high - low) or 1.0
         ticks = axis.ticks or _ticks(low, high, log=axis.log)
         self.ticks = [tick for tick in ticks if low <= tick <= high]
         self.low, self.high = self._place(low), self._place(high)

@@ -3,18 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
-from itertools import cycle
 
 from piperjax.planner import report
 from piperjax.planner.candidates import Question
-from piperjax.planner.charts import PALETTE, SOFT, Axis, Bar, Point, Series, plot, stacked_bars
+from piperjax.planner.charts import SOFT, Axis, Bar, Point, Series, plot, stacked_bars
 from piperjax.planner.explain import PART_WORDS, Explanation, variations
 from piperjax.planner.plan import Plan
 from piperjax.planner.remedies import WORDS
 from piperjax.planner.report import GIB, headline
 from piperjax.planner.search import Candidate, SearchResult, answer
 from piperjax.planner.timing import action_costs, tokens_per_device
-from piperjax.planner.work import layer_work
+from piperjax.planner.work import Product, layer_work
 from piperjax.schedules import registry
 from piperjax.schedules.draw import svg_gantt
 from piperjax.schedules.timeline import lockstep
@@ -34,7 +33,7 @@ p { margin: 4px 0 10px; } p.lead { color: #57606a; }
 svg { width: 100%; max-width: 940px; height: auto; display: block; }
 table + p { margin-top: 12px; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 9px; text-align: right; border-bottom: 1px solid #eceef1; white-space: nowrap; }
+th, td { padding: 4px 7px; text-align: right; border-bottom: 1px solid #eceef1; white-space: nowrap; }
 th { color: #57606a; font-weight: 600; } td.text, th.text { text-align: left; } tr.best td { background: #f0f5fb; }
 td.wide { white-space: normal; text-align: left; } ul { margin: 4px 0; padding-left: 20px; }
 """
@@ -149,12 +148,9 @@ def _gantt(best: Candidate, question: Question) -> tuple[str, str]:
         question.model, plan, question.platform, dtype=question.dtype, imbalance=question.imbalance
     )
     picture = svg_gantt(lockstep(plan.tick_table(), costs))
-    shortened = "" if plan.num_microbatches == best.plan.num_microbatches else " of the first"
-    lead = (
-        f"{report.order_of(best)} on {plan.pipe} pipe ranks:{shortened} {plan.num_microbatches} microbatches"
-        + (f" out of {best.plan.num_microbatches}, with what it takes to begin and end" if shortened else "")
-        + "; all ranks meet at every tick."
-    )
+    number, all_of = plan.num_microbatches, best.plan.num_microbatches
+    shown = f"{number} microbatches" if number == all_of else f"{number} of the {all_of} microbatches"
+    lead = f"{report.order_of(best)} on {plan.pipe} pipe ranks, {shown}; all ranks meet at every tick."
     return _lead(lead), picture[picture.index("<svg") :]
 
 
@@ -171,11 +167,31 @@ def _drawable(plan: Plan) -> Plan:
 
 
 def _roofline(best: Candidate, question: Question) -> tuple[str, str]:
-    plan, device, dtype = best.plan, question.platform.device, question.dtype
+    device, dtype = question.platform.device, question.dtype
     peak, rate = device.peak_flop_per_second[dtype], device.memory_bytes_per_second
+    series = [
+        Series(name=point.title.split(":")[0], points=[point], colour=number)
+        for number, point in enumerate(_product_points(best.plan, question))
+    ]
+    most = max(*(one.points[0].x for one in series), 2 * peak / rate)
+    least = min(*(one.points[0].x for one in series), 0.5 * peak / rate)
+    roof = [Point(x, min(peak, rate * x) / 1e12) for x in (least, peak / rate, most)]
+    name = f"roof: {peak / 1e12:.3g} TFLOP/s, {rate / 1e12:.2g} TB/s"
+    series.insert(0, Series(name=name, points=roof, joined=True, dots=False, colour=SOFT, dashed=True))
+    lead = (
+        "Forward products of a layer, one microbatch on one device: FLOP per byte of operands and result, against the "
+        "rate that the machine's file gives products of that shape. The router, in float32, is left out."
+    )
+    x = Axis(title="FLOP per byte", log=True)
+    return _lead(lead), plot(series, x=x, y=Axis(title="TFLOP/s", log=True), height=400)
+
+
+def _product_points(plan: Plan, question: Question) -> list[Point]:
+    """Intensity and rate of every different product of the model's layers."""
+    device, dtype = question.platform.device, question.dtype
     itemsize = {"float64": 8, "float32": 4}.get(dtype, 2)
-    series, colours = [], cycle(range(len(PALETTE)))
-    for kind, layer in question.model.kinds.items():
+    points: dict[Product, Point] = {}
+    for layer in question.model.kinds.values():
         work = layer_work(
             question.model.d_model,
             layer,
@@ -185,27 +201,15 @@ def _roofline(best: Candidate, question: Question) -> tuple[str, str]:
             imbalance=question.imbalance,
         )
         for product in work.products:
-            groups = max(product.groups, 1)
-            flop = 2 * groups * product.rows * product.columns * product.depth
-            m, n, k = product.rows, product.columns, product.depth
-            num_bytes = itemsize * groups * (m * k + k * n + m * n)
+            groups, (m, n, k) = max(product.groups, 1), (product.rows, product.columns, product.depth)
             seconds = device.product_seconds(m, n, k, dtype=dtype, grouped=product.groups > 0, groups=groups)
+            flop, num_bytes = 2 * groups * m * n * k, itemsize * groups * (m * k + k * n + m * n)
             shape = f"{groups} x " * (groups > 1) + f"[{m:.0f}, {k:.0f}] x [{k:.0f}, {n:.0f}]"
-            name = f"{product.name} ({kind})" if len(question.model.kinds) > 1 else product.name
             reached = flop / seconds / 1e12
-            point = Point(flop / num_bytes, reached, f"{name}: {shape}, {reached:.0f} TFLOP/s")
-            series.append(Series(name=name, points=[point], colour=next(colours)))
-    most = max(*(one.points[0].x for one in series), 2 * peak / rate)
-    least = min(*(one.points[0].x for one in series), 0.5 * peak / rate)
-    roof = [Point(x, min(peak, rate * x) / 1e12) for x in (least, peak / rate, most)]
-    name = f"roof: {peak / 1e12:.0f} TFLOP/s, {rate / 1e12:.2g} TB/s"
-    series.insert(0, Series(name=name, points=roof, joined=True, dots=False, colour=SOFT, dashed=True))
-    lead = (
-        "Forward products of one layer and one microbatch on one device: FLOP per byte of operands and result, against "
-        "the rate that the machine's file gives products of that shape."
-    )
-    x = Axis(title="FLOP per byte", log=True)
-    return _lead(lead), plot(series, x=x, y=Axis(title="TFLOP/s", log=True))
+            title = f"{product.name}: {shape}, {reached:.0f} TFLOP/s"
+            if not product.is_wide:
+                points.setdefault(product, Point(flop / num_bytes, reached, title))
+    return list(points.values())
 
 
 def _weak_scaling(result: SearchResult) -> tuple[str, str]:
