@@ -184,7 +184,7 @@ MODES_OF_DAY = {name: (MEMORY_MODES[i % len(MEMORY_MODES)],) for i, name in enum
 CELLS = [(name, mode) for name in SCHEDULES for mode in MEMORY_MODES]
 
 
-def check_schedule(schedule, memory_mode, *, pipe=2, expert=2, data=2, tolerance=1e-5, **options):
+def check_schedule(schedule, memory_mode, *, pipe=2, expert=2, data=2, M=None, tolerance=1e-5, **options):
     stages = pipe * registry.chunks_of(schedule)
     config = model(num_layers=max(4, stages), **options)
     quotient, rest = divmod(config.num_layers, stages)
@@ -195,7 +195,7 @@ def check_schedule(schedule, memory_mode, *, pipe=2, expert=2, data=2, tolerance
         pipe=pipe,
         expert=expert,
         data=data,
-        M=8 if schedule == "dualpipe_v" or pipe > 2 else 4,
+        M=M or (8 if schedule == "dualpipe_v" or pipe > 2 else 4),
         layers_per_stage=tuple(quotient + (stage < rest) for stage in range(stages)),
     )
     check_equal(config, plan, tolerance=tolerance)
@@ -254,6 +254,14 @@ def test_overlapped_forward_and_backward_equal_one_device(schedule, dense_layers
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_equals_one_device_over_four_ranks(schedule):
     check_schedule(schedule, "layer", pipe=4, data=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_microbatches", [4, 6])
+@pytest.mark.parametrize("schedule", ["zb_h1", "zb_v"])
+def test_tables_of_few_microbatches_equal_one_device(schedule, num_microbatches):
+    """Modes without recomputation get tables that begin with one action per tick, or have no others."""
+    check_schedule(schedule, "products", pipe=4, data=1, M=num_microbatches)
 
 
 @pytest.mark.parametrize("schedule", ["zb_h1", "zb_v", "interleaved"])
