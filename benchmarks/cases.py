@@ -47,18 +47,20 @@ def make_executor(
 ) -> Executor:
     """An executor on the first devices, stages of equal length where possible."""
     plan_options = {
-        k: options.pop(k) for k in ("schedule", "memory_mode", "num_chunks", "vocabulary") if k in options
+        k: options.pop(k)
+        for k in ("schedule", "memory_mode", "num_chunks", "vocabulary", "layers_per_stage")
+        if k in options
     }
     schedule = plan_options.get("schedule", "one_f_one_b")
     stages = pipe * registry.chunks_of(schedule, plan_options.get("num_chunks", 0))
     quotient, rest = divmod(config.num_layers, stages)
+    plan_options.setdefault("layers_per_stage", tuple(quotient + (stage < rest) for stage in range(stages)))
     plan = Plan(
         pipe=pipe,
         data=data,
         expert=expert,
         expert_factors=(1, 1, expert),
         num_microbatches=num_microbatches,
-        layers_per_stage=tuple(quotient + (stage < rest) for stage in range(stages)),
         batch_size=num_microbatches * microbatch_size * data * expert,
         seq_len=seq_len,
         **{"schedule": "one_f_one_b", **plan_options},

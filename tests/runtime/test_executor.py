@@ -257,11 +257,11 @@ def test_every_schedule_equals_one_device_over_four_ranks(schedule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_microbatches", [4, 6])
+@pytest.mark.parametrize("pipe", [3, 4])
 @pytest.mark.parametrize("schedule", ["zb_h1", "zb_v"])
-def test_tables_of_few_microbatches_equal_one_device(schedule, num_microbatches):
+def test_tables_of_few_microbatches_equal_one_device(schedule, pipe):
     """Modes without recomputation get tables that begin with one action per tick, or have no others."""
-    check_schedule(schedule, "products", pipe=4, data=1, M=num_microbatches)
+    check_schedule(schedule, "products", pipe=pipe, data=1, M=4)
 
 
 @pytest.mark.parametrize("schedule", ["zb_h1", "zb_v", "interleaved"])
