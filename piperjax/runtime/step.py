@@ -22,6 +22,7 @@ schedule's slots, not the number of microbatches.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -231,18 +232,16 @@ class _Scan:
         if self.overlaps:
             carry = self._forward_and_backward(carry, rank, embedded)
         else:
-            carry = self._when(
-                rank, "forward_on", lambda carry: self._forward(carry, rank, embedded), _unchanged, carry
-            )
+            forward = partial(self._forward, rank, self._forward_place(rank), embedded)
+            carry = self._when(rank, "forward_on", forward, _unchanged, carry)
         for number in range(self.lowered.early_weight_gradients):
             carry = self._weight_gradient(carry, rank, number)
         if not self.lowered.head_comes_first:
             carry = self._head(carry, rank, tick)
         if self.lowered.has_backward:
             if not self.overlaps:
-                carry = self._when(
-                    rank, "backward_on", lambda carry: self._backward(carry, rank), _unchanged, carry
-                )
+                backward = partial(self._backward, rank, self._backward_place(rank))
+                carry = self._when(rank, "backward_on", backward, _unchanged, carry)
             for number in range(self.lowered.early_weight_gradients, self.lowered.weight_gradients_per_tick):
                 carry = self._weight_gradient(carry, rank, number)
             carry = self._embedding_gradient(carry, rank, tick)
@@ -267,12 +266,14 @@ class _Scan:
         return self._when(column, name, look_up, lambda: vary(jnp.zeros_like(carry.y)))
 
     def _forward_and_backward(self, carry: _Carry, rank: dict, embedded: jax.Array) -> _Carry:
+        forward_place, backward_place = self._forward_place(rank), self._backward_place(rank)
+
         def both(carry):
             (y, totals), (g, layers, taps), stash = self.stage.forward_and_backward(
-                self._forward_place(rank),
+                forward_place,
                 self._forward_input(carry, rank, embedded),
                 carry.totals,
-                self._backward_place(rank),
+                backward_place,
                 slots.read(carry.gradients, rank["backward_gradient"]),
                 scale=self.aux_scale,
                 stash=carry.stash,
@@ -284,8 +285,8 @@ class _Scan:
 
         branches = [
             _unchanged,
-            lambda carry: self._forward(carry, rank, embedded),
-            lambda carry: self._backward(carry, rank),
+            partial(self._forward, rank, forward_place, embedded),
+            partial(self._backward, rank, backward_place),
             both,
         ]
         return lax.switch(rank["forward_on"] + 2 * rank["backward_on"], branches, carry)
@@ -308,9 +309,9 @@ class _Scan:
             tap_slot=rank["backward_taps"],
         )
 
-    def _forward(self, carry: _Carry, rank: dict, embedded: jax.Array) -> _Carry:
+    def _forward(self, rank: dict, place: Place, embedded: jax.Array, carry: _Carry) -> _Carry:
         x = self._forward_input(carry, rank, embedded)
-        y, totals, stash = self.stage.forward(self._forward_place(rank), x, carry.totals, carry.stash)
+        y, totals, stash = self.stage.forward(place, x, carry.totals, carry.stash)
         return carry._replace(y=y, totals=totals, stash=stash)
 
     def _head(self, carry: _Carry, rank: dict, tick: dict) -> _Carry:
@@ -345,9 +346,9 @@ class _Scan:
         column, name = (tick, "head_on") if self.splits_vocabulary else (rank, "head_owner")
         return self._when(column, name, run, _unchanged, carry)
 
-    def _backward(self, carry: _Carry, rank: dict) -> _Carry:
+    def _backward(self, rank: dict, place: Place, carry: _Carry) -> _Carry:
         g, layers, taps = self.stage.backward(
-            self._backward_place(rank),
+            place,
             slots.read(carry.gradients, rank["backward_gradient"]),
             scale=self.aux_scale,
             stash=carry.stash,
@@ -360,13 +361,13 @@ class _Scan:
         columns = {
             name: column[number] for name, column in rank.items() if name.startswith("weight_gradient_")
         }
+        place = Place(
+            columns["weight_gradient_chunk"],
+            self._surroundings_of(columns["weight_gradient_microbatch"]),
+            tap_slot=columns["weight_gradient_taps"],
+        )
 
         def run(carry):
-            place = Place(
-                columns["weight_gradient_chunk"],
-                self._surroundings_of(columns["weight_gradient_microbatch"]),
-                tap_slot=columns["weight_gradient_taps"],
-            )
             layers = self.stage.weight_gradient(place, grads=carry.grads["layers"], taps=carry.taps)
             return carry._replace(grads={**carry.grads, "layers": layers})
 
@@ -405,7 +406,11 @@ class _Scan:
         return lax.cond(column[name] == 1, run, otherwise, *operands)
 
     def _surroundings_of(self, microbatch: jax.Array):
-        """Arrays of a layer's context for a microbatch, as a function of the index among MoE layers."""
+        """Arrays of a layer's context for a microbatch, as a function of the index among MoE layers.
+
+        Called outside the branches of a tick: read inside, every operation that needs a row would slice the whole
+        batch anew, element by element, and attention's mask alone would take as long as its products on a CPU.
+        """
         positions, segment_ids = (
             slots.read(self.batch[name], microbatch) for name in ("positions", "segment_ids")
         )
