@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from meshes.platform import Platform
 from models.config import ModelConfig
 from piperjax.planner.candidates import WISHES
+from piperjax.planner.explain import PART_WORDS
 from piperjax.planner.plan import Plan
 from piperjax.planner.search import Candidate, Choice, choose_plan
 from piperjax.training.config import TrainConfig
@@ -252,7 +253,7 @@ def _difference(best: Candidate, other: Candidate) -> str:
     parts = best.time.parts.keys() | other.time.parts.keys()
     more = {part: other.time.parts.get(part, 0.0) - best.time.parts.get(part, 0.0) for part in sorted(parts)}
     part = max(more, key=more.__getitem__)
-    return f"{more[part]:.2g} s more of {part.replace('_', ' ')}"
+    return f"{more[part]:.2g} s more of {PART_WORDS.get(part, part)}"
 
 
 def _kept(resumed: Plan, wished: Mapping[str, Any], *, fits: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from meshes.platform import Platform
+from piperjax.planner.explain import PART_WORDS
 from piperjax.planner.memory import estimate_memory
 from piperjax.planner.timing import estimate_time
 from piperjax.training.config import TrainConfig
@@ -63,7 +64,7 @@ class Prediction:
 def _largest(parts: Mapping[str, float], show: Callable[[float], str]) -> str:
     """The largest parts: "compute 70%, bubble 20%"."""
     ordered = sorted(parts.items(), key=lambda item: -item[1])[:NAMED_PARTS]
-    return ", ".join(f"{name.replace('_', ' ')} {show(value)}" for name, value in ordered if value)
+    return ", ".join(f"{PART_WORDS.get(name, name.replace('_', ' '))} {show(value)}" for name, value in ordered if value)
 
 
 def predict(config: TrainConfig, platform: Platform, *, backend: str) -> Prediction:

@@ -69,7 +69,7 @@ def test_a_prediction_of_seconds_has_a_line_of_its_own(executor):
     timed = Prediction(memory_bytes={}, step_seconds=0.25, uncertainty_fraction=0.1, parts={"compute": 0.25})
     config = TrainConfig(model=preset("tiny"), plan=make_plan())
     text = banner(config, load_platform("cpu8"), executor.abstract_params, "", prediction=timed)
-    assert "\ntime      0.25 s a step predicted, give or take 10%: compute 100%\n" in text
+    assert "\ntime      0.25 s a step predicted, give or take 10%: computation 100%\n" in text
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
