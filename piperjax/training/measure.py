@@ -4,6 +4,7 @@ import argparse
 import datetime
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,14 +73,16 @@ def main(args: argparse.Namespace) -> int:
         simulate_devices(args.devices)
     distributed.initialize(group)
 
-    from piperjax.training.loop import find_platform
+    from piperjax.training.machine import find_platform
 
     devices = distributed.first_devices(args.devices)
     known = find_platform(args.platform, devices)
+    shares_cores = devices[0].platform == "cpu"
+    if shares_cores:  # How much of the host's memory a device has depends on how many are simulated.
+        known = replace(known, device=replace(known.device, memory_bytes=None))
     measurements = measure(known, devices, quick=args.quick)
     if not distributed.is_writer():
         return 0
-    shares_cores = devices[0].platform == "cpu"
     calibration = calibrate(known, measurements, shares_cores=shares_cores)
     notes = quality_notes(calibration)
     header = _header(devices, quick=args.quick)
