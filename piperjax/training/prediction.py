@@ -64,7 +64,8 @@ class Prediction:
 def _largest(parts: Mapping[str, float], show: Callable[[float], str]) -> str:
     """The largest parts: "compute 70%, bubble 20%"."""
     ordered = sorted(parts.items(), key=lambda item: -item[1])[:NAMED_PARTS]
-    return ", ".join(f"{PART_WORDS.get(name, name.replace('_', ' '))} {show(value)}" for name, value in ordered if value)
+    words = {name: PART_WORDS.get(name, name.replace("_", " ")) for name, _ in ordered}
+    return ", ".join(f"{words[name]} {show(value)}" for name, value in ordered if value)
 
 
 def predict(config: TrainConfig, platform: Platform, *, backend: str) -> Prediction:

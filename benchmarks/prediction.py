@@ -1,0 +1,159 @@
+"""Bar: the planner predicts the seconds of a training step on meshes of simulated devices, and picks a fast one.
+
+    python -m benchmarks.prediction [--quick] [--platform measured.toml]
+
+First `python -m piperjax measure` finds out how fast this computer is, unless a platform file is given. Then a model
+is trained for a few steps on twelve meshes of eight devices, with several schedules, memory modes and numbers of
+microbatches, and on the plan that the planner picks. Predictions come from the platform file alone, nothing is fitted
+to the steps. Run it on a quiet machine.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import jax
+import numpy as np
+
+from benchmarks.cases import moe_model, random_batch
+from meshes.mesh import build_mesh, simulate_devices
+from meshes.platform import Platform, load_platform
+from piperjax.planner.plan import Plan, default_plan
+from piperjax.planner.search import choose_plan
+from piperjax.planner.timing import estimate_time
+from piperjax.runtime.executor import Executor
+from piperjax.training import distributed
+from piperjax.training.config import DataConfig, TrainConfig
+from piperjax.training.state import init_state, make_train_step
+
+NUM_DEVICES = 8
+BATCH_SIZE, SEQ_LEN, DTYPE = 16, 256, "float32"
+# Products take most of the time: width and experts of a small model, depth for eight pipe ranks.
+MODEL = moe_model(num_layers=8, d_model=256, d_ff=512, num_experts=8, vocab_size=2048)
+MESHES = (
+    {"pipe": 1, "data": 1, "expert": 8, "num_microbatches": 1},
+    {"pipe": 1, "data": 8, "expert": 1, "num_microbatches": 2, "memory_mode": "stage"},
+    {"pipe": 1, "data": 2, "expert": 4, "num_microbatches": 2, "memory_mode": "named"},
+    {"pipe": 1, "data": 4, "expert": 2, "num_microbatches": 1, "memory_mode": "stash"},
+    {"pipe": 2, "data": 1, "expert": 4, "num_microbatches": 4},
+    {"pipe": 2, "data": 4, "expert": 1, "num_microbatches": 2, "memory_mode": "stash"},
+    {"pipe": 2, "data": 2, "expert": 2, "num_microbatches": 4, "schedule": "zb_h1"},
+    {"pipe": 4, "data": 1, "expert": 2, "num_microbatches": 8, "schedule": "gpipe", "memory_mode": "stage"},
+    {"pipe": 4, "data": 2, "expert": 1, "num_microbatches": 8, "schedule": "zb_v"},
+    {
+        "pipe": 4,
+        "data": 1,
+        "expert": 2,
+        "num_microbatches": 4,
+        "schedule": "interleaved",
+        "memory_mode": "named",
+    },
+    {"pipe": 8, "data": 1, "expert": 1, "num_microbatches": 16},
+    {
+        "pipe": 8,
+        "data": 1,
+        "expert": 1,
+        "num_microbatches": 8,
+        "memory_mode": "products",
+        "vocabulary": "whole",
+    },
+)
+WORST_BAR, RANK_BAR, CHOICE_BAR = 0.15, 0.9, 1.05
+
+
+def make_plans(platform: Platform) -> list[Plan]:
+    """The twelve plans."""
+    return [
+        default_plan(MODEL, platform, NUM_DEVICES, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, **mesh)
+        for mesh in MESHES
+    ]
+
+
+def measured_seconds(plan: Plan, *, repeats: int) -> float:
+    """Trains a few steps as `train.py` does; median seconds of a step, after the first."""
+    config = TrainConfig(
+        model=MODEL, plan=plan, data=DataConfig(batch_size=BATCH_SIZE, seq_len=SEQ_LEN), dtype=DTYPE
+    )
+    mesh = build_mesh(
+        pipe=plan.pipe, data=plan.data, expert_factors=plan.expert_factors, devices=jax.devices()
+    )
+    executor = Executor(MODEL, plan, mesh, config.dtype)
+    state = init_state(executor, config.seed)
+    batch = jax.device_put(random_batch(MODEL, plan), executor.batch_sharding)
+    flags = distributed.stop_flags(mesh, is_asked=False)
+    step = make_train_step(executor, config).lower(state, batch, flags).compile()
+    seconds = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        state, metrics = step(state, batch, flags)
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def rank_correlation(first: list[float], second: list[float]) -> float:
+    """Spearman's: the correlation of ranks; without ties, which seconds do not have."""
+    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def measured_platform(directory: str, *, quick: bool) -> Platform:
+    """Runs `piperjax measure` on the simulated devices, in a process of its own."""
+    path = Path(directory) / "measured.toml"
+    command = [sys.executable, "-m", "piperjax", "measure", "--devices", str(NUM_DEVICES), "--out", str(path)]
+    subprocess.run([*command, *(["--quick"] if quick else [])], check=True)
+    return load_platform(str(path))
+
+
+def _described(plan: Plan) -> str:
+    return (
+        f"{plan.pipe} x {plan.data} x {plan.expert}  {plan.schedule:<12}{plan.num_microbatches:3d}  "
+        f"{plan.memory_mode:<9}{plan.vocabulary:<6}"
+    )
+
+
+def main() -> int:
+    """Prints the table and says whether the bars are met."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="measure fewer shapes, and 3 steps instead of 5")
+    parser.add_argument("--platform", help="rates measured before, instead of measuring")
+    args = parser.parse_args()
+    with TemporaryDirectory() as directory:
+        platform = (
+            load_platform(args.platform) if args.platform else measured_platform(directory, quick=args.quick)
+        )
+    simulate_devices(NUM_DEVICES)
+    repeats = 3 if args.quick else 5
+
+    def row(plan: Plan) -> tuple[float, float]:
+        predicted = estimate_time(MODEL, plan, platform, dtype=DTYPE).step_seconds
+        measured = measured_seconds(plan, repeats=repeats)
+        print(f"{_described(plan)}{predicted:9.3f} s{measured:9.3f} s{predicted / measured:8.2f}", flush=True)
+        return predicted, measured
+
+    print("pipe x data x expert, schedule, microbatches, memory, vocabulary; predicted, measured, ratio")
+    predicted, measured = map(list, zip(*(row(plan) for plan in make_plans(platform)), strict=True))
+    chosen = choose_plan(
+        MODEL, platform, NUM_DEVICES, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, dtype=DTYPE
+    ).plan
+    _, automatic = row(chosen)
+    worst = max(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True))
+    ranks = rank_correlation(predicted, measured)
+    choice = automatic / min(measured)
+    met = worst <= WORST_BAR and ranks >= RANK_BAR and choice <= CHOICE_BAR
+    print(
+        f"bar: worst deviation {worst:.1%} of {WORST_BAR:.0%}; rank correlation {ranks:.2f}, at least {RANK_BAR}; the "
+        f"planner's choice takes {choice:.2f} times as long as the best of the twelve, at most {CHOICE_BAR}: "
+        + ("met" if met else "MISSED")
+    )
+    return not met
+
+
+if __name__ == "__main__":
+    sys.exit(main())
