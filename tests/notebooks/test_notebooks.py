@@ -14,6 +14,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FIRST_STEPS = ROOT / "notebooks" / "first_steps.ipynb"
+PLAN_A_CLUSTER = ROOT / "notebooks" / "plan_a_cluster.ipynb"
 # Per cell. A cell that trains takes half a minute, compiling included, and much longer where tests run side by side.
 LIMIT_SECONDS = 600
 
@@ -116,3 +117,18 @@ def test_first_steps_learns_resumes_and_samples(executed):
     assert float(difference) < 1e-5
 
     assert printed(last).startswith("def ") and len(printed(last)) > 100
+
+
+@pytest.mark.slow
+def test_plan_a_cluster_finds_the_same_plan_in_text_and_on_file(executed):
+    cells = code_cells(executed(PLAN_A_CLUSTER))
+    text = printed(*cells)
+    first = re.search(r"^1 +(\d+) +(\d+) +(\d+) +", text, re.MULTILINE)
+    assert "wrote runs/plan.json: pipe={}, data={}, expert={}".format(*first.groups()) in text
+    assert "longer: most of it is" in text and "more than a device has" in text
+    assert sum(len(pictures(cell)) for cell in cells) == 4
+
+
+def test_planning_needs_no_jax():
+    sources = "".join(cell.source for cell in code_cells(read(PLAN_A_CLUSTER)))
+    assert "jax" not in sources.lower().replace("piperjax", "")
