@@ -32,7 +32,8 @@ def test_more_is_kept_and_less_is_recomputed_mode_by_mode():
     assert cell.layers.shape == (len(MEMORY_MODES), 2, 6)
     assert np.all(np.diff(cell.kept, axis=0) >= 0)
     backward = cell.layers[..., 1]
-    assert np.all(np.diff(backward, axis=0) <= 0)
+    # Keeping everything computes nothing again, but reads all that it kept.
+    assert np.all(np.diff(backward[:-1], axis=0) <= 0)
     np.testing.assert_allclose(backward, cell.layers[..., 2] + cell.layers[..., 3])
 
 
