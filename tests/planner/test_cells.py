@@ -34,7 +34,8 @@ def test_more_is_kept_and_less_is_recomputed_mode_by_mode():
     backward = cell.layers[..., 1]
     # Keeping everything computes nothing again, but reads all that it kept.
     assert np.all(np.diff(backward[:-1], axis=0) <= 0)
-    np.testing.assert_allclose(backward, cell.layers[..., 2] + cell.layers[..., 3])
+    # Splitting a backward in two costs, never saves.
+    assert np.all(backward <= (cell.layers[..., 2] + cell.layers[..., 3]) * (1 + 1e-9))
 
 
 def test_the_quickest_dispatcher_is_taken():
