@@ -1,6 +1,8 @@
 """`python -m piperjax plan | show | simulate | measure | sample`: plans, schedules, networks, this machine, text."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -35,7 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_sample_arguments(sample)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # `... | head`: without this, Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except ValueError as error:
         print(f"piperjax: error: {error}", file=sys.stderr)
         return 2

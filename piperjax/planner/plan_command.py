@@ -216,16 +216,17 @@ def _number(kind: type, name: str, value: str) -> Any:
 
 def _text(args: argparse.Namespace, result: SearchResult, explanations: list) -> str:
     question = result.question
+    each = question.batch_size // question.num_devices
     chosen = (
         ""
         if args.batch is not None
         else (
-            f"(no --batch: {question.batch_size // question.num_devices} sequences per device, for about "
+            f"(no --batch: {each} sequence{'s' * (each > 1)} per device, for about "
             f"{TOKENS_PER_DEVICE:,} tokens per device and at most {MOST_TOKENS_PER_STEP:,} per step)"
         )
     )
     sections = [
-        "\n".join(filter(None, [report.headline(question), chosen])),
+        "\n".join(filter(None, [report.headline(asked_question(args)), chosen])),
         "The best plan of each of the best meshes\n" + report.table(result, top=args.top),
         f"Plan 1: {result.best.mesh}\n" + report.details(result.best, question),
         "One choice of plan 1 made otherwise\n" + report.choices(variations(result)),

@@ -23,7 +23,7 @@ def test_the_answer_is_printed_with_its_reasons(capsys):
     assert code == 0 and err == ""
     for words in (
         "mixtral_8x7b (46.7B parameters",
-        "(no --batch: 4 sequences per device",
+        "(no --batch: 4 sequences per device, for about 16,384 tokens",
         "The best plan of each of the best meshes",
         "Plan 1: pipe=",
         "memory of a device: ",
