@@ -1,4 +1,4 @@
-"""`python -m piperjax plan | show | simulate | measure | sample`: plans, schedules, networks, this machine, text."""
+"""`python -m piperjax plan | show | simulate | compile | measure | sample`: from a model and a machine to a text."""
 
 import argparse
 import os
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     network_table.add_arguments(simulation)
     measurement = commands.add_parser("measure", help="time the devices at hand and write a platform file")
     measure.add_arguments(measurement)
+    _add_compile(commands)
     sample = commands.add_parser("sample", help="generate text from a run's checkpoint")
     _add_sample_arguments(sample)
     args = parser.parse_args(argv)
@@ -47,6 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"piperjax: error: {error}", file=sys.stderr)
         return 2
+
+
+def _add_compile(commands: argparse._SubParsersAction):
+    from piperjax.training import cli, compile_command
+
+    # The flags of train.py, with their own help.
+    compile_command.add_arguments(
+        commands.add_parser(
+            "compile",
+            parents=[cli.build_parser()],
+            conflict_handler="resolve",
+            description=compile_command.DESCRIPTION,
+            help="compile a training step for simulated devices and compare it with the plan's prediction",
+        )
+    )
 
 
 def _add_sample_arguments(parser: argparse.ArgumentParser):

@@ -1,0 +1,40 @@
+"""This file is the FLOP that our executor runs on a device in one step, recomputation included."""
+
+from models import cost
+from models.config import DenseFFN, LayerConfig, ModelConfig, MoEFFN
+from piperjax.planner.plan import Plan
+
+
+def executed_flop(model: ModelConfig, plan: Plan) -> float:
+    """FLOP of matrix products per device and step, on average over the devices.
+
+    Useful work is `cost.flop_per_token(...).step`. Beyond it our layers compute all S^2 attention scores, not the
+    causal half, and run again what a memory mode does not keep.
+    """
+    tokens = plan.batch_size * plan.seq_len
+    layers = sum(_layer(model, layer, plan) for layer in model.layers)
+    rows = model.vocab_size
+    if plan.vocabulary == "split":
+        rows = -(-rows // plan.pipe) * plan.pipe
+    return tokens * (layers + 3 * 2 * rows * model.d_model) / plan.num_devices
+
+
+def _layer(model: ModelConfig, layer: LayerConfig, plan: Plan) -> float:
+    """FLOP of all passes of a layer per token."""
+    flop = cost.layer_flop(model, layer, plan.seq_len)
+    forward = flop.total + flop.attention_scores
+    if plan.memory_mode == "stash":
+        return 3 * forward
+    if plan.memory_mode == "products":
+        return 3 * forward + 2 * flop.attention_scores
+    # What a layer adds to the residual stream last is not needed again, but for the gradient of the gates.
+    ffn, last = layer.ffn, 0
+    if isinstance(ffn, DenseFFN):
+        last = 2 * model.d_model * ffn.d_ff
+    elif isinstance(ffn, MoEFFN):
+        beside = ffn.dense_residual_d_ff + (0 if ffn.shared_gate == "sigmoid" else ffn.shared_d_ff)
+        last = 2 * model.d_model * beside
+        if plan.memory_mode == "named":
+            last += 2 * model.d_model * ffn.d_ff * ffn.experts_per_token
+    stage = forward if plan.memory_mode == "stage" else 0
+    return 4 * forward - last + stage

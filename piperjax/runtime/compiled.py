@@ -1,0 +1,131 @@
+"""This file is what the compiler says about a step: memory per device, FLOP, and bytes sent along each mesh axis."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from models.config import MoEFFN
+from piperjax.planner.kept import Share
+from piperjax.runtime import hlo
+from piperjax.runtime.executor import Executor
+from piperjax.runtime.grouped_matmul import block_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledMemory:
+    """Bytes per device of a compiled program.
+
+    Attributes:
+      arguments, outputs, temporaries: what they are called.
+      aliased: outputs that take the place of donated arguments.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """What a device must have."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledWork:
+    """Work per device and step, loops counted in full.
+
+    Attributes:
+      flop: of matrix products.
+      sent_bytes: by (mesh axes joined by "x", collective), bytes that a device sends.
+    """
+
+    flop: float
+    sent_bytes: Mapping[tuple[str, str], float]
+
+
+def memory_of(compiled: jax.stages.Compiled) -> CompiledMemory:
+    """Reads the compiler's memory analysis."""
+    found = compiled.memory_analysis()
+    return CompiledMemory(
+        arguments=found.argument_size_in_bytes,
+        outputs=found.output_size_in_bytes,
+        aliased=found.alias_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
+    )
+
+
+def work_of(compiled: jax.stages.Compiled, executor: Executor) -> CompiledWork:
+    """Counts FLOP and bytes sent in the text of a compiled step, on average over the pipe ranks."""
+    module = hlo.parse(compiled.as_text())
+    sizes = dict(executor.mesh.shape)
+    flop, sent = 0.0, defaultdict(float)
+    for visit in module.visits(_weights(executor), unknown_turns=_blocks_per_group(executor)):
+        flop += module.product_flop(visit)
+        operation = visit.instruction.operation.removesuffix("-start")
+        if operation in hlo.COLLECTIVES:
+            group = hlo.first_group(visit.instruction)
+            num_bytes = hlo.sent_bytes(visit.instruction, len(group))
+            axes = hlo.axes_of(group, sizes)
+            if axes and num_bytes:
+                sent[_joined(axes), operation] += visit.times * num_bytes
+    return CompiledWork(flop=flop, sent_bytes=dict(sent))
+
+
+def _joined(axes: tuple[str, ...]) -> str:
+    """The expert sub-axes are one axis to the reader."""
+    return " x ".join(dict.fromkeys("expert" if axis.startswith("expert") else axis for axis in axes))
+
+
+def _blocks_per_group(executor: Executor) -> float:
+    """Turns of the loop over blocks of rows of one expert, when experts are loaded evenly."""
+    plan = executor.plan
+    ffn = next((layer.ffn for layer in executor.config.layers if isinstance(layer.ffn, MoEFFN)), None)
+    if ffn is None:
+        return 1.0
+    share = Share(
+        sequences=plan.microbatch_size // (plan.data * plan.expert),
+        seq_len=plan.seq_len,
+        expert=plan.expert,
+        capacity_factor=plan.capacity_factor,
+    )
+    groups, rows = ffn.num_experts // plan.expert, share.rows(ffn)
+    live = min(rows, share.tokens * ffn.experts_per_token)
+    return live / groups / block_rows(rows, groups)
+
+
+def _weights(executor: Executor) -> hlo.Weigh:
+    """How often the branches of a step are taken, as its schedule and its layers say."""
+    columns = executor.lowered.rank_columns
+    forward, backward = (np.asarray(column) == 1 for column in (columns.forward_on, columns.backward_on))
+    both = float((forward & backward).mean())
+    fractions = {"forward": float(forward.mean()), "backward": float(backward.mean())}
+    weight_gradient = (
+        float((np.asarray(columns.weight_gradient_on) == 1).mean()) if columns.weight_gradient_on.size else 0
+    )
+    ticks, pipe = executor.lowered.num_ticks, executor.plan.pipe
+    owners = 1 if executor.plan.vocabulary == "split" else pipe
+    vocabulary = executor.plan.num_microbatches / ticks / owners
+    layout = executor.layout
+    kinds = [float((layout.kind == number).mean()) for number in range(len(layout.kinds) + 1)]
+
+    def weigh(conditional: hlo.Conditional):
+        scopes = conditional.branches
+        if conditional.depth != 1:
+            return kinds[: len(scopes)] if len(scopes) <= len(kinds) else hlo.evenly(conditional)
+        if len(scopes) == 4:
+            only_forward, only_backward = fractions["forward"] - both, fractions["backward"] - both
+            return [1 - only_forward - only_backward - both, only_forward, only_backward, both]
+        on = vocabulary
+        if "/weight_gradient/" in scopes[1]:
+            on = weight_gradient
+        elif "/backward/" in scopes[1]:
+            on = fractions["backward"]
+        elif "/forward/" in scopes[1]:
+            on = fractions["forward"]
+        return [1 - on, on]
+
+    return weigh
