@@ -11,20 +11,16 @@ import numpy as np
 
 from models import cost
 from models.config import ModelConfig, MoEFFN
-from piperjax.planner import workspace
 from piperjax.planner.candidates import Mesh, Question, memory_modes, microbatch_counts, vocabularies
-from piperjax.planner.kept import Share, kept_bytes, tap_bytes
+from piperjax.planner.kept import Share
 from piperjax.planner.layer_time import layer_seconds
 from piperjax.planner.network import axis_group, best_dispatcher, permute
 from piperjax.planner.partition import partition_layers
 from piperjax.planner.plan import Plan
 from piperjax.planner.shared_cores import at_once
 from piperjax.planner.step_end import itemsize_of, step_end_seconds
-from piperjax.planner.storage import kinds_of, storage
+from piperjax.planner.storage import kinds_of
 from piperjax.planner.timing import vocabulary_exchange_seconds, vocabulary_seconds
-
-# Tokens, targets, weights, positions and segments: five numbers of 4 bytes.
-BATCH_BYTES_PER_TOKEN = 5 * 4
 
 
 class Cell(NamedTuple):
@@ -39,11 +35,7 @@ class Cell(NamedTuple):
       outer: seconds of embedding and head of one microbatch, `[vocabularies]`.
       outer_exchange: seconds of exchanges in it, `[vocabularies]`.
       step_end: seconds once per step.
-      kept, taps: bytes per layer that a forward and an input gradient leave, `[modes, kinds]`.
-      activation: bytes of what a stage passes on.
-      batch: bytes of the tokens of a step.
-      layer_phase: bytes of the workspace of a layer.
-      head_phase: bytes of the workspace of the head, `[vocabularies]`.
+      share: what a device works on at a time.
     """
 
     index: int
@@ -55,12 +47,7 @@ class Cell(NamedTuple):
     outer: np.ndarray
     outer_exchange: np.ndarray
     step_end: float
-    kept: np.ndarray
-    taps: np.ndarray
-    activation: float
-    batch: float
-    layer_phase: float
-    head_phase: np.ndarray
+    share: Share
 
 
 def groups(question: Question, meshes: list[Mesh]) -> Iterator[list[Cell]]:
@@ -86,7 +73,7 @@ def _cell(question: Question, index: int, mesh: Mesh, num_microbatches: int) -> 
         _simplest_plan(question, mesh, num_microbatches, placed)
         for placed in vocabularies(question, mesh.pipe)
     ]
-    dispatch, layers, kept, taps, layer_phase = _layers(question, share, plans[0].expert_factors)
+    dispatch, layers = _layers(question, share, plans[0].expert_factors)
     activation = share.tokens * model.d_model * itemsize_of(dtype)
     outer = [sum(vocabulary_seconds(model, plan, platform, dtype=dtype).values()) for plan in plans]
     # One for the embedding, three for the head, one for the gradient of the embedding.
@@ -105,12 +92,7 @@ def _cell(question: Question, index: int, mesh: Mesh, num_microbatches: int) -> 
         outer=np.array(outer),
         outer_exchange=exchanges * np.array(exchange),
         step_end=reduction + optimizer,
-        kept=kept,
-        taps=taps,
-        activation=activation,
-        batch=num_microbatches * share.tokens * BATCH_BYTES_PER_TOKEN,
-        layer_phase=layer_phase,
-        head_phase=np.array([_head_phase(question, plan, share) for plan in plans]),
+        share=share,
     )
 
 
@@ -128,26 +110,23 @@ def _simplest_plan(question: Question, mesh: Mesh, num_microbatches: int, vocabu
     )
 
 
-def _layers(
-    question: Question, share: Share, expert_factors: tuple[int, int, int]
-) -> tuple[str, np.ndarray, np.ndarray, np.ndarray, float]:
-    """Dispatcher, seconds, kept bytes and taps of every kind of layer in every memory mode, and its workspace."""
+def _layers(question: Question, share: Share, expert_factors: tuple[int, int, int]) -> tuple[str, np.ndarray]:
+    """Dispatcher, and seconds of every kind of layer in every memory mode."""
     return _priced_layers(
         question.model,
         question.platform,
         share,
         expert_factors,
-        (memory_modes(question), question.dispatchers, question.imbalance, memory_backend(question)),
+        (memory_modes(question), question.dispatchers, question.imbalance),
     )
 
 
 @lru_cache(maxsize=8192)
 def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple):
-    modes, dispatchers, imbalance, backend = choices
+    modes, dispatchers, imbalance = choices
     kinds = kinds_of(model)
     dispatch = _dispatcher(model, platform, share, expert_factors, dispatchers, imbalance)
     seconds = np.zeros((len(modes), len(kinds), 6))
-    kept, taps = np.zeros(seconds.shape[:2]), np.zeros(seconds.shape[:2])
     for i, mode in enumerate(modes):
         for j, (_, layer) in enumerate(kinds):
             priced = layer_seconds(
@@ -171,15 +150,7 @@ def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple
                 priced.exchange_forward,
                 priced.exchange_backward,
             )
-            kept[i, j] = kept_bytes(model.d_model, layer, share, mode)
-            taps[i, j] = tap_bytes(model.d_model, layer, share, mode)
-    # Weights of one layer do not depend on how many a device holds.
-    stored = storage(model, (model.num_layers,), pipe=1, data=1, expert=share.expert, dtype=share.dtype)
-    phase = max(
-        sum(workspace.layer_backward(model.d_model, layer, share, stored.layers[kind], wide=backend == "cpu"))
-        for kind, layer in kinds
-    )
-    return dispatch, seconds, kept, taps, phase
+    return dispatch, seconds
 
 
 def _dispatcher(
@@ -200,12 +171,6 @@ def _dispatcher(
         capacity_factor=share.capacity_factor,
     )
     return name
-
-
-def _head_phase(question: Question, plan: Plan, share: Share) -> float:
-    rows = -(-question.model.vocab_size // (plan.pipe if plan.vocabulary == "split" else 1))
-    wide = memory_backend(question) == "cpu"
-    return sum(workspace.head(question.model.d_model, rows, share, wide=wide))
 
 
 @lru_cache(maxsize=1024)

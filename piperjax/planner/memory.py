@@ -4,17 +4,23 @@ Every rank runs the same program, so all of them allocate the same: buffers are 
 """
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 
 from models.config import ModelConfig
-from piperjax.planner import workspace as phases
+from piperjax.planner import workspace
 from piperjax.planner.kept import Share, kept_bytes, tap_bytes
 from piperjax.planner.plan import Plan
-from piperjax.planner.storage import Storage, itemsize_of, kinds_of, most_layers_of_kind, storage
-from piperjax.planner.workspace import Workspace
+from piperjax.planner.storage import Storage, kinds_of, most_layers_of_kind, padded_rows, storage
+from piperjax.planner.workspace import Backend, Phase
+from piperjax.schedules import registry
+from piperjax.schedules.lower import lower
+from piperjax.schedules.profile import Slots
+from piperjax.schedules.ticks import pack
 
 BACKENDS = ("gpu", "cpu")
+BATCH_FIELDS = 5  # Tokens, targets, weights, positions, segments; 4 bytes each.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +66,51 @@ class RankMemory:
         return sum(self.terms.values())
 
 
-class Slots(NamedTuple):
-    """How many microbatches wait at once on the worst rank.
+class _Lasting(NamedTuple):
+    """What lasts from the first tick to the last, in the terms of `RankMemory`."""
+
+    compute_copy: float
+    gradients: float
+    stash: float
+    taps: float
+    pipeline_buffers: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the memory of a model depends on.
 
     Attributes:
-      inputs, gradients: slots for what has arrived from other ranks.
-      stash: forwards whose backward is due.
-      taps: input gradients whose weight gradient is due.
+      pipe, data, expert: sizes of the axes.
+      layers_per_stage: layers held by each stage.
+      num_microbatches: of a step.
+      share: what a device works on at a time.
+      slots: buffers of the schedule, as a profile counts them.
+      memory_mode, vocabulary, overlap: as in a plan.
+      is_straight: every rank runs a forward and a backward in every tick, so that nothing is in a branch.
     """
 
-    inputs: int
-    gradients: int
-    stash: int
-    taps: int
+    pipe: int
+    data: int
+    expert: int
+    layers_per_stage: tuple[int, ...]
+    num_microbatches: int
+    share: Share
+    slots: Slots
+    memory_mode: str = "layer"
+    vocabulary: str = "split"
+    overlap: bool = False
+    is_straight: bool = False
+
+    @property
+    def splits(self) -> bool:
+        """Whether backward comes as input and weight gradients."""
+        return self.slots.taps > 0
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all stages hold equally many layers."""
+        return len(set(self.layers_per_stage)) == 1
 
 
 def estimate_memory(
@@ -94,20 +132,17 @@ def estimate_memory(
       backend: "gpu", or "cpu" as XLA compiles for simulated devices: there, products in bfloat16 are computed in
         float32, and what a loop reads in every turn is converted once, before it.
       reserve_bytes: added as it is.
+
+    Raises:
+      ValueError: for an unknown backend or dtype.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    stored = storage(
-        model,
-        plan.layers_per_stage,
-        pipe=plan.pipe,
-        data=plan.data,
-        expert=plan.expert,
-        vocabulary=plan.vocabulary,
-        dtype=dtype,
-        master_dtype=master_dtype,
-    )
-    slots = slot_counts(plan)
+    layout = layout_of(plan, dtype)
+    options = dict(master_dtype=master_dtype, backend=backend, reserve_bytes=reserve_bytes)
+    return (rank_memory(model, layout, **options),) * plan.pipe
+
+
+def layout_of(plan: Plan, dtype: str) -> Layout:
+    """What memory depends on of a plan."""
     share = Share(
         sequences=plan.microbatch_size // (plan.data * plan.expert),
         seq_len=plan.seq_len,
@@ -115,25 +150,70 @@ def estimate_memory(
         capacity_factor=plan.capacity_factor,
         dtype=dtype,
     )
-    work = _largest_phase(model, plan, share, stored, backend)
-    stash, taps = _between_passes(model, plan, share, slots)
-    x = share.tokens * model.d_model * itemsize_of(dtype)
-    batch = plan.num_microbatches * share.tokens * 5 * 4
-    rank = RankMemory(
+    return Layout(
+        pipe=plan.pipe,
+        data=plan.data,
+        expert=plan.expert,
+        layers_per_stage=plan.layers_per_stage,
+        num_microbatches=plan.num_microbatches,
+        share=share,
+        slots=plan.profile().slots,
+        memory_mode=plan.memory_mode,
+        vocabulary=plan.vocabulary,
+        overlap=plan.overlap,
+        is_straight=plan.pipe == 1 and is_straight(plan.schedule, plan.num_microbatches, plan.num_chunks),
+    )
+
+
+def rank_memory(
+    model: ModelConfig,
+    layout: Layout,
+    *,
+    master_dtype: str = "float32",
+    backend: str = "gpu",
+    reserve_bytes: float = 0,
+) -> RankMemory:
+    """Bytes on any device; arguments as of `estimate_memory`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    share, slots = layout.share, Slots(*(ceil(count - 1e-6) for count in layout.slots))
+    stored = storage(
+        model,
+        layout.layers_per_stage,
+        pipe=layout.pipe,
+        data=layout.data,
+        expert=layout.expert,
+        vocabulary=layout.vocabulary,
+        dtype=share.dtype,
+        master_dtype=master_dtype,
+    )
+    most = most_layers_of_kind(model, layout.layers_per_stage)
+    kept = {kind: slots.stash * most[kind] for kind in most}
+    compiler = Backend(widens=backend == "cpu", share=share)
+    x = share.tokens * model.d_model * share.itemsize
+    copy = stored.compute_copy
+    if compiler.is_widened and layout.is_straight:
+        # What is in no branch is read in every turn of the loop over ticks, so that is where it is converted.
+        widened = copy if _is_loop(stored, layout) else stored.outer_copy
+        copy += widened * (share.wide - share.itemsize) // share.itemsize
+    of_layers = _between_passes(model, share, layout.memory_mode)
+    stash = sum(kept[kind] * of_layers[kind].kept for kind in most)
+    lasting = _Lasting(
+        compute_copy=copy,
+        gradients=stored.accumulators,
+        stash=slots.stash * x if layout.memory_mode == "stage" else stash,
+        taps=sum(slots.taps * most[kind] * of_layers[kind].taps for kind in most) if slots.taps else 0,
+        pipeline_buffers=x * (2 + (slots.inputs + 1 if slots.inputs else 0) + slots.gradients + 1),
+    )
+    phase = _largest_phase(model, layout, stored, compiler, lasting)
+    return RankMemory(
         parameters=stored.at_rest,
         moments=2 * stored.at_rest,
-        compute_copy=stored.compute_copy,
-        gradients=stored.accumulators,
-        stash=stash,
-        taps=taps,
-        pipeline_buffers=x * (2 + (slots.inputs + 1 if slots.inputs else 0) + slots.gradients + 1),
-        batch=batch,
-        dispatch=work.dispatch,
-        logits=work.logits,
-        workspace=work.workspace,
+        **lasting._asdict(),
+        batch=layout.num_microbatches * share.tokens * BATCH_FIELDS * 4,
+        **phase._asdict(),
         reserve=reserve_bytes,
     )
-    return (rank,) * plan.pipe
 
 
 def peak_memory(model: ModelConfig, plan: Plan, **options) -> float:
@@ -141,33 +221,92 @@ def peak_memory(model: ModelConfig, plan: Plan, **options) -> float:
     return max(rank.total for rank in estimate_memory(model, plan, **options))
 
 
-def _between_passes(model: ModelConfig, plan: Plan, share: Share, slots: Slots) -> tuple[int, int]:
-    """Bytes of all slots that keep what forwards and input gradients leave."""
-    most = most_layers_of_kind(model, plan.layers_per_stage)
-    kept = taps = 0
-    for kind, layer in kinds_of(model):
-        kept += most[kind] * kept_bytes(model.d_model, layer, share, plan.memory_mode)
-        taps += most[kind] * tap_bytes(model.d_model, layer, share, plan.memory_mode) if slots.taps else 0
-    if plan.memory_mode == "stage":
-        kept = share.tokens * model.d_model * share.itemsize
-    return slots.stash * kept, slots.taps * taps
+class _Between(NamedTuple):
+    """Bytes of one layer and microbatch between passes, and the elements of the computation's dtype among them."""
+
+    kept: int
+    taps: int
+    narrow_kept: int
+    narrow_taps: int
 
 
-def _largest_phase(model: ModelConfig, plan: Plan, share: Share, stored: Storage, backend: str) -> Workspace:
-    wide = backend == "cpu"
-    rows = -(-model.vocab_size // (plan.pipe if plan.vocabulary == "split" else 1))
-    found = [
-        phases.layer_backward(model.d_model, layer, share, stored.layers[kind], wide=wide)
+@lru_cache(maxsize=8192)
+def _between_passes(model: ModelConfig, share: Share, memory_mode: str) -> dict[str, _Between]:
+    """By kind of layer."""
+    D = model.d_model
+    return {
+        kind: _Between(
+            kept=kept_bytes(D, layer, share, memory_mode),
+            taps=tap_bytes(D, layer, share, memory_mode),
+            narrow_kept=workspace.narrow_elements(kept_bytes, D, layer, share, memory_mode),
+            narrow_taps=workspace.narrow_elements(tap_bytes, D, layer, share, memory_mode),
+        )
         for kind, layer in kinds_of(model)
-    ]
-    found.append(phases.head(model.d_model, rows, share, wide=wide))
-    found.append(phases.reduction(stored))
-    return max(found, key=sum)
+    }
 
 
-def slot_counts(plan: Plan) -> Slots:
-    """Slots of a plan's schedule."""
-    counted = plan.profile().slots
-    return Slots(
-        *(ceil(count - 1e-6) for count in (counted.inputs, counted.gradients, counted.stash, counted.taps))
-    )
+def _largest_phase(
+    model: ModelConfig, layout: Layout, stored: Storage, compiler: Backend, lasting: _Lasting
+) -> Phase:
+    rows = padded_rows(model.vocab_size, layout.pipe) * (layout.pipe if layout.vocabulary == "whole" else 1)
+    chunks = len(layout.layers_per_stage) // layout.pipe
+    before_layers, before_weights = _converted(model, layout, stored, compiler)
+    if layout.memory_mode == "stage":
+        held = sum(of.held for of in stored.layers.values()) // chunks
+        before_layers += held * compiler.share.tokens * model.d_model * compiler.itemsize
+    accumulators = {kind: compiler.share.wide * of.held * of.total for kind, of in stored.layers.items()}
+    found = [workspace.head(model.d_model, rows, compiler)]
+    for kind, layer in kinds_of(model):
+        of = stored.layers[kind]
+        phase = workspace.layer_backward(model.d_model, layer, of, compiler, splits=layout.splits)
+        found.append(phase.beside(before_layers + _passed_on(layout, accumulators, lasting)))
+        if layout.splits:
+            phase = workspace.weight_gradient(model.d_model, layer, of, compiler, layout.memory_mode)
+            # A loop of one turn is none, and its branch is handed a copy.
+            copies = sum(accumulators.values()) if max(layout.layers_per_stage) == 1 else 0
+            found.append(phase.beside(before_weights + copies))
+    largest = max(found, key=lambda phase: phase.total)
+    largest = Phase(*(workspace.SLACK * part for part in largest))
+    # After the last tick only accumulators last, and what they are reduced to comes beside them.
+    reduced = lasting.gradients if layout.data * layout.expert == 1 else 2 * stored.at_rest
+    end = Phase(workspace=lasting.gradients + reduced - sum(lasting))
+    return max(largest, end, key=lambda phase: phase.total)
+
+
+def _passed_on(layout: Layout, accumulators: dict[str, float], lasting: _Lasting) -> float:
+    """Bytes of what branches hand on unchanged, which XLA copies before them.
+
+    A layer of one kind hands on the accumulators of the others; those of the last kind are changed in place, unless
+    there is a branch without a layer, for stages that hold fewer. A loop over forwards and backwards copies what both
+    read.
+    """
+    everything = sum(accumulators.values())
+    if layout.overlap:
+        return everything + lasting.stash + lasting.taps
+    return everything if not layout.is_uniform else everything - list(accumulators.values())[-1]
+
+
+def _is_loop(stored: Storage, layout: Layout) -> bool:
+    """Whether the layers of a stage are a plain loop: all of one kind, equally many on every stage."""
+    return len(stored.layers) == 1 and layout.is_uniform
+
+
+def _converted(model: ModelConfig, layout: Layout, stored: Storage, compiler: Backend) -> tuple[float, float]:
+    """Bytes that a backward, and that weight gradients, convert to float32 before their loop over layers."""
+    if not (compiler.is_widened and _is_loop(stored, layout)):
+        return 0.0, 0.0
+    ((kind, of),) = stored.layers.items()
+    between = _between_passes(model, compiler.share, layout.memory_mode)[kind]
+    held = max(layout.layers_per_stage)
+    kept = 0 if layout.memory_mode == "stage" else ceil(layout.slots.stash) * held * between.narrow_kept
+    weights = of.held * of.total if of.held > 1 and not layout.is_straight else 0
+    taps = ceil(layout.slots.taps) * held * between.narrow_taps
+    return compiler.share.wide * (weights + kept), compiler.share.wide * taps
+
+
+@lru_cache(maxsize=256)
+def is_straight(schedule: str, num_microbatches: int, num_chunks: int) -> bool:
+    """Whether a schedule runs a forward and a backward in every tick, which only one pipe rank can."""
+    few = num_microbatches if registry.is_file(schedule) else min(4, num_microbatches)
+    columns = lower(pack(registry.build(schedule, 1, few, num_chunks))).rank_columns
+    return bool((columns.forward_on == 1).all() and (columns.backward_on == 1).all())

@@ -14,9 +14,9 @@ import numpy as np
 
 from models.config import ModelConfig
 from piperjax.planner.candidates import Mesh, Order, Question, Rejections, memory_modes, orders, vocabularies
-from piperjax.planner.cells import Cell, groups, layers_by_flop
+from piperjax.planner.cells import Cell, groups, layers_by_flop, memory_backend
+from piperjax.planner.memory import Layout, is_straight, rank_memory
 from piperjax.planner.plan import RECOMPUTING_MODES, Plan
-from piperjax.planner.storage import most_layers_of_kind, storage
 from piperjax.planner.timing import HIDDEN_FRACTION
 from piperjax.schedules import registry
 from piperjax.schedules.profile import Profile, profile
@@ -168,7 +168,8 @@ def _block(question: Question, cells: list[Cell], order: Order, *, number: int) 
         sizes = (order.schedule, pipe, microbatches, order.asked_chunks, order.layout)
         counted = profile(*sizes, recomputes=recomputes)
         seconds = _seconds(question, cells, order, counted, partition)
-        priced[recomputes] = seconds, _num_bytes(question, cells, counted, partition)
+        alike = [mode for mode in modes if (mode in RECOMPUTING_MODES) == recomputes]
+        priced[recomputes] = seconds, _num_bytes(question, cells, order, counted, partition, alike)
     some = next(iter(priced.values()))
     seconds, num_bytes = np.where(recomputing, priced.get(True, some), priced.get(False, some))
     shape = (len(cells), len(modes), len(placed))
@@ -240,45 +241,31 @@ def _on_shared_cores(question: Question, cells: list[Cell], work: np.ndarray, ki
 
 
 def _num_bytes(
-    question: Question, cells: list[Cell], counted: Profile, partition: tuple[int, ...]
+    question: Question, cells: list[Cell], order: Order, counted: Profile, partition: tuple[int, ...], modes
 ) -> np.ndarray:
-    """Bytes that a device needs, `[cells, modes, vocabularies]`."""
-    model, slots = question.model, counted.slots
-    most = np.array(list(most_layers_of_kind(model, partition).values()))
-    kept = np.stack([cell.kept for cell in cells]) @ most
-    activation = np.array([cell.activation for cell in cells])
-    for position, mode in enumerate(memory_modes(question)):
-        if mode == "stage":
-            kept[:, position] = activation
-    taps = np.stack([cell.taps for cell in cells]) @ most
-    buffers = activation * (2 + (slots.inputs + 1 if slots.inputs else 0) + slots.gradients + 1)
-    buffers += np.array([cell.batch for cell in cells])
-    at_rest, lasting = _stored(question, cells, partition)
-    phase = np.maximum(
-        np.array([[cell.layer_phase] for cell in cells]), np.stack([cell.head_phase for cell in cells])
-    )
-    by_vocabulary = (
-        lasting + np.maximum(phase, at_rest) + buffers[:, None] + question.platform.device.reserve_bytes
-    )
-    return (slots.stash * kept + slots.taps * taps)[..., None] + by_vocabulary[:, None]
-
-
-def _stored(
-    question: Question, cells: list[Cell], partition: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of parameters at rest, and of all that lasts through a step, `[cells, vocabularies]`."""
-    stored = [
-        [
-            storage(
-                question.model, partition, **cell.mesh._asdict(), vocabulary=vocabulary, dtype=question.dtype
-            )
-            for vocabulary in vocabularies(question, cell.mesh.pipe)
-        ]
-        for cell in cells
-    ]
-    at_rest = np.array([[one.at_rest for one in row] for row in stored])
-    others = np.array([[one.compute_copy + one.accumulators for one in row] for row in stored])
-    return at_rest, 3 * at_rest + others
+    """Bytes that a device needs in some memory modes, `[cells, modes, vocabularies]`; 0 in others."""
+    pipe, number = cells[0].mesh.pipe, cells[0].num_microbatches
+    placed = vocabularies(question, pipe)
+    num_bytes = np.zeros((len(cells), len(memory_modes(question)), len(placed)))
+    options = dict(backend=memory_backend(question), reserve_bytes=question.platform.device.reserve_bytes)
+    straight = pipe == 1 and is_straight(order.schedule, number, order.asked_chunks)
+    for place in np.ndindex(num_bytes.shape):
+        cell, mode = cells[place[0]], memory_modes(question)[place[1]]
+        if mode not in modes:
+            continue
+        layout = Layout(
+            **cell.mesh._asdict(),
+            layers_per_stage=partition,
+            num_microbatches=number,
+            share=cell.share,
+            slots=counted.slots,
+            memory_mode=mode,
+            vocabulary=placed[place[2]],
+            overlap=order.overlap,
+            is_straight=straight,
+        )
+        num_bytes[place] = rank_memory(question.model, layout, **options).total
+    return num_bytes
 
 
 @lru_cache(maxsize=1024)

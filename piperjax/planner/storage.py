@@ -47,32 +47,36 @@ class Storage:
       at_rest: parameters at rest; each of the two moments takes as much.
       accumulators: gradients of all that a device computes with, before they are reduced.
       compute_copy: what is cast or gathered at the start of a step; what is neither is read where it rests.
+      outer_copy: embedding and head of it.
       layers: for each kind of layer, what a pass of one such layer reads.
-      head: weights of the head in a step.
     """
 
     at_rest: int
     accumulators: int
     compute_copy: int
+    outer_copy: int
     layers: dict[str, "LayerWeights"]
-    head: int
 
 
 class LayerWeights(NamedTuple):
-    """Bytes of one layer's weights on one device, in the dtype they are computed with, and elements.
+    """Elements of one layer's weights on one device.
 
     Attributes:
-      dense, experts: bytes of the weights that all tokens pass through, and of the experts held here.
-      largest: elements of the largest of them.
-      large: elements whose gradient belongs to the weight gradient.
+      attention: with all norms.
+      ffn: of the dense FFN, or of what is beside the experts, router included.
+      experts: of the experts held here.
       held: how many layers of this kind a device has room for.
     """
 
-    dense: int
+    attention: int
+    ffn: int
     experts: int
-    largest: int
-    large: int
     held: int
+
+    @property
+    def total(self) -> int:
+        """All of one layer."""
+        return self.attention + self.ffn + self.experts
 
 
 def itemsize_of(dtype: str) -> int:
@@ -149,6 +153,11 @@ def _attention(
     return leaves
 
 
+def padded_rows(vocab_size: int, pipe: int) -> int:
+    """Rows of embedding and head on one pipe rank, when the vocabulary is split."""
+    return -(-vocab_size // pipe)
+
+
 @lru_cache(maxsize=256)
 def kinds_of(model: ModelConfig) -> tuple[tuple[str, LayerConfig], ...]:
     """Kinds of layers in order of first use."""
@@ -193,8 +202,8 @@ def storage(
             tally.add(
                 leaf, chunks * most[kind], split=split, copies=copies, dimensions=leaf.shape[leaf.is_expert :]
             )
-        layers[kind] = _layer_weights(leaves, expert, tally, held=chunks * most[kind])
-    rows = -(-model.vocab_size // pipe)
+        layers[kind] = _layer_weights(leaves, expert, held=chunks * most[kind])
+    of_layers, rows = tally.copied_bytes, padded_rows(model.vocab_size, pipe)
     names = ("embedding",) if model.embeddings == "tied" else ("embedding", "head")
     for name in names:
         whole = pipe if vocabulary == "whole" else 1
@@ -206,13 +215,12 @@ def storage(
             regathered=whole,
         )
     tally.add(Leaf("final_norm", (model.d_model,)), 1)
-    head = rows * (pipe if vocabulary == "whole" else 1) * model.d_model * itemsize_of(dtype)
     return Storage(
         at_rest=tally.at_rest * master,
         accumulators=tally.whole * wide_itemsize(master_dtype),
         compute_copy=tally.copied_bytes,
+        outer_copy=tally.copied_bytes - of_layers,
         layers=layers,
-        head=head,
     )
 
 
@@ -247,12 +255,11 @@ class _Tally:
             self.copied_bytes += whole * self.itemsize(leaf)
 
 
-def _layer_weights(leaves: Sequence[Leaf], expert: int, tally: _Tally, *, held: int) -> LayerWeights:
-    here = {leaf: prod(leaf.shape) // (expert if leaf.is_expert else 1) for leaf in leaves}
-    return LayerWeights(
-        dense=sum(size * tally.itemsize(leaf) for leaf, size in here.items() if not leaf.is_expert),
-        experts=sum(size * tally.itemsize(leaf) for leaf, size in here.items() if leaf.is_expert),
-        largest=max(here.values()),
-        large=sum(size for leaf, size in here.items() if not leaf.is_small),
-        held=held,
-    )
+def _layer_weights(leaves: Sequence[Leaf], expert: int, *, held: int) -> LayerWeights:
+    def elements(*starts: str) -> int:
+        return sum(prod(leaf.shape) for leaf in leaves if leaf.path.startswith(starts))
+
+    experts = elements("ffn/experts")
+    ffn = elements("ffn/", "dense_residual/") - experts
+    total = sum(prod(leaf.shape) for leaf in leaves)
+    return LayerWeights(attention=total - ffn - experts, ffn=ffn, experts=experts // expert, held=held)

@@ -1,18 +1,24 @@
 """This file is the memory that one phase of a step needs beside what lasts: a layer, the head, the reduction.
 
-Phases follow one another, so the largest counts. Backward of a layer is the working set of autodiff: its weights,
-their gradient before and after it is added to the accumulator, and the intermediate results that are alive together.
+Phases follow one another, so the largest counts. What is alive at once in each was read off XLA's buffer assignment
+(`--xla_dump_to`) for simulated devices. There ("cpu"), products in bfloat16 run in float32, what a loop reads in every
+turn is converted once before it, and attention writes its S^2 scores. On GPUs our attention writes them too.
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from models.config import DenseFFN, LayerConfig
-from piperjax.planner.kept import Share, attention_widths
-from piperjax.planner.storage import LayerWeights, Storage
+from piperjax.planner.kept import Share, attention_widths, tap_bytes
+from piperjax.planner.storage import LayerWeights
+
+# Small things that are not counted one by one, and gaps between blocks: from 0 to 6 % of the largest phases seen.
+SLACK = 1.015
 
 
-class Workspace(NamedTuple):
-    """Bytes of one phase.
+class Phase(NamedTuple):
+    """Bytes of one phase beside what lasts.
 
     Attributes:
       dispatch: rows as they are sent and received.
@@ -20,43 +26,116 @@ class Workspace(NamedTuple):
       workspace: everything else.
     """
 
-    dispatch: int = 0
-    logits: int = 0
-    workspace: int = 0
+    dispatch: float = 0
+    logits: float = 0
+    workspace: float = 0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self)
+
+    def beside(self, num_bytes: float) -> "Phase":
+        """The same with more in the workspace."""
+        return self._replace(workspace=self.workspace + num_bytes)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """How a compiler treats what is narrower than float32.
+
+    Attributes:
+      widens: it converts to float32 what products read.
+      share: what a device works on.
+    """
+
+    widens: bool
+    share: Share
+
+    @property
+    def is_widened(self) -> bool:
+        """Whether anything is converted."""
+        return self.widens and self.share.itemsize < self.share.wide
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element inside of a phase."""
+        return self.share.wide if self.widens else self.share.itemsize
+
+
+@lru_cache(maxsize=8192)
 def layer_backward(
-    d_model: int, layer: LayerConfig, share: Share, weights: LayerWeights, *, wide: bool
-) -> Workspace:
-    """The backward of one layer, after its forward was run again."""
-    D, T, W = d_model, share.tokens, share.wide
-    w = W if wide else share.itemsize
-    widths = attention_widths(layer.attention)
-    scale = W / share.itemsize if wide else 1
-    # The layer's slice of the weights, its gradient, and the slice of the accumulator that it is added to.
-    of_weights = int(2 * (weights.dense + weights.experts) * scale) + weights.large * W
-    scores = 3 * share.sequences * layer.attention.num_heads * share.seq_len**2 * W
-    attention = T * (W * 4 * D + w * 2 * (widths.query + widths.key + widths.value + widths.output)) + scores
-    if isinstance(layer.ffn, DenseFFN):
-        ffn = T * w * (4 * D + (3 + layer.ffn.num_matrices) * layer.ffn.d_ff)
-        return Workspace(workspace=of_weights + max(attention, ffn))
-    R = share.rows(layer.ffn)
-    beside = layer.ffn.shared_d_ff + layer.ffn.dense_residual_d_ff
-    rows = R * w * (3 + layer.ffn.num_matrices) * layer.ffn.d_ff + T * w * (4 * D + 4 * beside)
-    dispatch = 4 * R * D * w
-    if attention > rows + dispatch:
-        return Workspace(workspace=of_weights + attention)
-    return Workspace(dispatch=dispatch, workspace=of_weights + rows)
-
-
-def head(d_model: int, rows: int, share: Share, *, wide: bool) -> Workspace:
-    """Loss and its gradient for one microbatch, over `rows` of the vocabulary."""
+    d_model: int, layer: LayerConfig, weights: LayerWeights, backend: Backend, *, splits: bool
+) -> Phase:
+    """Backward of one layer after its forward ran again, or its input gradient alone if backward `splits`."""
+    share, w = backend.share, backend.itemsize
     T, W = share.tokens, share.wide
-    w = W if wide else share.itemsize
-    logits = T * rows * (2 * W + w)
-    return Workspace(logits=logits, workspace=rows * d_model * W + T * d_model * (2 * W + 2 * w))
+    widths = attention_widths(layer.attention)
+    heads = widths.query + widths.key + widths.value + widths.output
+    of_scores = share.sequences * layer.attention.num_heads * share.seq_len**2 * W
+    # The layer's slice of the weights; its gradient; the accumulator's slice that the gradient is added to.
+    copies = 1 if splits else 3
+    if weights.held == 1 and not splits:  # Both slices are all there is, and are read in place.
+        copies = 2 if backend.is_widened else 1
+    of_weights = copies * (weights.attention + weights.experts) * w
+    beside = T * (7 * d_model * w + heads * w)
+    up = layer.ffn.num_matrices - 1
+    if splits:
+        of_weights += weights.ffn * w
+    else:  # Of the second matrix, only the accumulator's slice is there for long.
+        of_weights += (1 + (1 if backend.is_widened else 2) * up / (up + 1)) * weights.ffn * w
+    if isinstance(layer.ffn, DenseFFN):
+        hidden = T * layer.ffn.d_ff * w * (up + 3 if backend.is_widened else up + 2)
+        return Phase(workspace=of_weights + beside + hidden + 2 * of_scores)
+    ffn = layer.ffn
+    R = share.rows(ffn)
+    shared = T * w * (up + 3) * (ffn.shared_d_ff + ffn.dense_residual_d_ff)
+    if backend.is_widened:
+        hidden, rows, num_scores = R * w * (up + 3) * ffn.d_ff, R * d_model * (2 * w + 2 * share.itemsize), 2
+    else:
+        hidden, rows, num_scores = R * w * (up + 2 + up) * ffn.d_ff, 4 * R * d_model * w, 1
+    experts = Phase(dispatch=rows, workspace=of_weights + beside + shared + hidden + num_scores * of_scores)
+    # Backward of attention: the experts' results are gone, what they were made from waits for the next kernel.
+    attention = Phase(
+        dispatch=2 * R * d_model * w,
+        workspace=of_weights + beside + R * w * (up + 1) * ffn.d_ff + 2.1 * of_scores,
+    )
+    return max(experts, attention, key=lambda phase: phase.total)
 
 
-def reduction(storage: Storage) -> Workspace:
-    """Gradients after they are reduced, while the accumulators are still there."""
-    return Workspace(workspace=storage.at_rest)
+@lru_cache(maxsize=8192)
+def weight_gradient(
+    d_model: int, layer: LayerConfig, weights: LayerWeights, backend: Backend, memory_mode: str
+) -> Phase:
+    """Weight gradients of one layer from its taps: what it reads, the gradients, the accumulator's slices."""
+    taps = tap_bytes(d_model, layer, backend.share, memory_mode) * backend.itemsize / backend.share.itemsize
+    copies = 1 if weights.held == 1 else 2
+    return Phase(workspace=taps + copies * weights.total * backend.itemsize)
+
+
+def narrow_elements(count, d_model: int, layer: LayerConfig, share: Share, memory_mode: str) -> int:
+    """Elements in the dtype of the computation among the bytes that `count` counts: `kept_bytes` or `tap_bytes`."""
+    without = _Weightless(**share.__dict__)
+    return (
+        count(d_model, layer, share, memory_mode) - count(d_model, layer, without, memory_mode)
+    ) // share.itemsize
+
+
+class _Weightless(Share):
+    """A share whose elements of the computation's dtype have no bytes: what remains is the rest."""
+
+    @property
+    def itemsize(self) -> int:
+        return 0
+
+
+def head(d_model: int, rows: int, backend: Backend) -> Phase:
+    """Loss and its gradient for one microbatch, over `rows` of the vocabulary."""
+    share = backend.share
+    T, W = share.tokens, share.wide
+    logits = T * rows * W
+    of_weights = rows * d_model * W
+    beside = 3 * T * d_model * W
+    if backend.is_widened:
+        return Phase(logits=2 * logits, workspace=of_weights + beside)
+    return Phase(logits=2 * logits + max(0, logits - of_weights), workspace=min(logits, of_weights) + beside)

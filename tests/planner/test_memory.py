@@ -1,12 +1,12 @@
 """The memory of plans: slots of schedules, and sums that must hold."""
 
 from dataclasses import replace
+from math import ceil
 
 import pytest
 
 from models.presets import preset
-from piperjax.planner import memory
-from piperjax.planner.memory import Slots, estimate_memory, peak_memory
+from piperjax.planner.memory import estimate_memory, is_straight, layout_of, peak_memory
 from piperjax.planner.plan import Plan
 from piperjax.schedules import registry
 from piperjax.schedules.lower import lower
@@ -27,10 +27,18 @@ def make_plan(model, *, pipe=1, data=1, expert=1, num_microbatches=8, chunks=1, 
     )
 
 
-def test_slots_of_1f1b_drawn_out():
+def test_stash_of_1f1b_drawn_out():
     plan = make_plan(preset("tiny"), pipe=4, num_microbatches=8)
-    # Forwards run 2 P - 1 ahead in ticks with a forward and a backward; what arrives is used at once.
-    assert memory.slot_counts(plan) == Slots(inputs=1, gradients=1, stash=7, taps=0)
+    # Forwards run 2 P - 1 ahead in ticks with a forward and a backward; one input per layer, of 64 tokens.
+    (rank, *others) = estimate_memory(preset("tiny"), plan, dtype="float32")
+    assert rank.stash == 7 * 2 * 64 * 128 * 4  # Room for a layer of each of two kinds.
+    assert rank.taps == 0
+    assert others == [rank] * 3
+
+
+def test_one_rank_of_1f1b_runs_both_passes_in_every_tick():
+    assert is_straight("one_f_one_b", 8, 0)
+    assert not is_straight("gpipe", 8, 0)
 
 
 @pytest.mark.parametrize("schedule", sorted(set(registry.names()) - {"auto"}))
@@ -50,7 +58,8 @@ def test_slots_are_those_of_the_lowered_schedule(schedule):
             lowered.num_stash_slots,
             lowered.num_tap_slots,
         )
-        told = memory.slot_counts(plan)
+        slots = layout_of(plan, "float32").slots
+        told = [ceil(count - 1e-6) for count in (slots.inputs, slots.gradients, slots.stash, slots.taps)]
         assert all(e <= t <= 1.1 * e + 1 for t, e in zip(told, exact, strict=True)), (told, exact)
 
 
