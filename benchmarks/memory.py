@@ -1,0 +1,291 @@
+"""Predicted memory per device against what XLA allocates for the real training step, on simulated devices.
+
+python -m benchmarks.memory            compiles every case, writes benchmarks/results/memory.csv and docs/memory.svg
+python -m benchmarks.memory --reuse    predicts again beside the compiled bytes of the table
+"""
+
+import argparse
+import csv
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from meshes.mesh import simulate_devices
+from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig
+from models.presets import preset
+from piperjax.planner.memory import estimate_memory
+from piperjax.planner.plan import Plan
+from piperjax.schedules import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE, PICTURE = ROOT / "benchmarks" / "results" / "memory.csv", ROOT / "docs" / "memory.svg"
+MEAN_BAR, UNDER_BAR, OVER_BAR = 0.05, -0.02, 0.12
+NUM_DEVICES = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One step to compile."""
+
+    model: ModelConfig
+    plan: Plan
+    dtype: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The columns that say which case it is."""
+        plan = self.plan
+        return (
+            self.model.name,
+            f"{plan.pipe}x{plan.data}x{plan.expert}",
+            plan.schedule,
+            "-".join(map(str, plan.layers_per_stage)),
+            plan.memory_mode,
+            plan.vocabulary,
+            "overlap" if plan.overlap else "",
+            f"{plan.capacity_factor:g}" if plan.capacity_factor else "dropless",
+            f"{plan.num_microbatches}x{plan.microbatch_size // (plan.data * plan.expert)}x{plan.seq_len}",
+            self.dtype,
+        )
+
+
+COLUMNS = (
+    *(
+        "model",
+        "pipe x data x expert",
+        "schedule",
+        "layers per stage",
+        "memory mode",
+        "vocabulary",
+        "overlap",
+    ),
+    *("capacity", "microbatches x sequences x length", "dtype"),
+)
+NUMBERS = ("compiled_bytes", "predicted_bytes", "error")
+
+
+def scaled(
+    name: str, *, d_model: int = 320, num_layers: int = 4, num_experts: int = 8, **changes
+) -> ModelConfig:
+    """A preset at a size that compiles quickly: widths in proportion to `d_model`, fewer layers and experts."""
+    model = preset(name)
+    ratio = d_model / model.d_model
+
+    def width(features: int) -> int:
+        return max(16, round(features * ratio / 16) * 16) if features else 0
+
+    def layer(one: LayerConfig) -> LayerConfig:
+        groups, qk_norm, bias = 1, "none", "none"
+        if isinstance(one.attention, GroupedQueryAttention):
+            groups = min(4, one.attention.num_heads // one.attention.num_kv_heads)
+            qk_norm, bias = one.attention.qk_norm, one.attention.bias
+        attention = GroupedQueryAttention(
+            num_heads=4, num_kv_heads=4 // groups, head_dim=d_model // 4, qk_norm=qk_norm, bias=bias
+        )
+        ffn = one.ffn
+        if isinstance(ffn, DenseFFN):
+            return LayerConfig(attention=attention, ffn=dataclasses.replace(ffn, d_ff=width(ffn.d_ff)))
+        ffn = dataclasses.replace(
+            ffn,
+            num_experts=num_experts,
+            experts_per_token=min(ffn.experts_per_token, num_experts // 2),
+            d_ff=width(ffn.d_ff),
+            shared_d_ff=width(ffn.shared_d_ff),
+            dense_residual_d_ff=width(ffn.dense_residual_d_ff),
+        )
+        return LayerConfig(attention=attention, ffn=ffn)
+
+    layers = tuple(layer(one) for one in model.layers[:num_layers])
+    fields = {"vocab_size": 2048, **changes}
+    return dataclasses.replace(model, d_model=d_model, layers=layers, **fields)
+
+
+def case(model: ModelConfig, mesh: tuple[int, int, int] = (1, 1, 1), **options) -> Case:
+    """A case from a mesh (pipe, data, expert) and whatever differs from the usual."""
+    pipe, data, expert = mesh
+    dtype, sequences = options.pop("dtype", "bfloat16"), options.pop("sequences", 2)
+    schedule = registry.canonical(options.pop("schedule", "one_f_one_b"))
+    num_microbatches = options.pop("num_microbatches", 2 * pipe if pipe > 1 else 4)
+    stages = pipe * registry.chunks_of(schedule, options.get("num_chunks", 0))
+    quotient, rest = divmod(model.num_layers, stages)
+    default_stages = tuple(quotient + (stage < rest) for stage in range(stages))
+    plan = Plan(
+        pipe=pipe,
+        data=data,
+        expert=expert,
+        expert_factors=(1, 1, expert),
+        schedule=schedule,
+        num_microbatches=num_microbatches,
+        layers_per_stage=options.pop("layers_per_stage", default_stages),
+        batch_size=num_microbatches * sequences * data * expert,
+        seq_len=options.pop("seq_len", 128),
+        **options,
+    )
+    return Case(model=model, plan=plan, dtype=dtype)
+
+
+def cases() -> Iterator[Case]:
+    """What is compiled: every schedule, memory mode, vocabulary, both dtypes, families of models, up to 64 devices."""
+    mixtral = scaled("mixtral_8x7b", num_layers=8)
+    for schedule in registry.names():
+        if schedule != "auto":
+            yield case(mixtral, (4, 1, 2), schedule=schedule)
+    for memory_mode in ("stage", "named", "products", "stash"):
+        yield case(scaled("qwen3_30b_a3b", num_experts=16), (2, 2, 4), memory_mode=memory_mode, seq_len=192)
+        yield case(scaled("xmoe_small"), (2, 1, 2), memory_mode=memory_mode, dtype="float32")
+    for memory_mode in ("named", "products", "stash"):
+        yield case(scaled("weak_1_7t"), (2, 1, 2), schedule="zb_h1", memory_mode=memory_mode)
+    yield from _families()
+    yield from _meshes()
+
+
+def _families() -> Iterator[Case]:
+    """Models as they differ: dense prologue, alternating layers, shared and residual parts, norms, biases, ties."""
+    for dtype in ("float32", "bfloat16"):
+        yield case(scaled("deepseek_moe_16b", num_layers=6, num_experts=16), (2, 1, 4), dtype=dtype)
+        yield case(scaled("arctic", num_layers=4), (2, 2, 2), dtype=dtype)
+        yield case(scaled("small", embeddings="tied"), (1, 4, 1), dtype=dtype)
+    yield case(scaled("llama4_maverick", num_layers=8), (4, 1, 2))
+    yield case(scaled("deepseek_v3", num_layers=6), (2, 2, 2), dtype="float32")
+    yield case(scaled("qwen2_57b_a14b"), (2, 1, 4))
+    yield case(scaled("olmoe_1b_7b", num_experts=16), (2, 4, 1), dtype="float32")
+    yield case(scaled("arctic", num_layers=5), (2, 2, 2), layers_per_stage=(3, 2), dtype="float32")
+    yield case(scaled("mixtral_8x7b", num_layers=6), (4, 1, 2), layers_per_stage=(2, 2, 1, 1))
+
+
+def _meshes() -> Iterator[Case]:
+    """Devices, sequence lengths, vocabularies, capacities."""
+    mixtral, weak = scaled("mixtral_8x7b"), scaled("weak_862b")
+    yield case(mixtral, (1, 1, 1), dtype="float32")
+    yield case(mixtral, (1, 1, 8))
+    yield case(mixtral, (1, 8, 1), dtype="float32")
+    yield case(mixtral, (4, 4, 4))
+    yield case(weak, (4, 2, 8), dtype="float32")
+    yield case(scaled("weak_862b", num_layers=16), (16, 2, 2), sequences=1)
+    yield case(mixtral, (2, 1, 2), seq_len=1024, sequences=1)
+    yield case(mixtral, (2, 2, 1), seq_len=768, sequences=1, dtype="float32")
+    yield case(scaled("mixtral_8x7b", vocab_size=24_000), (2, 2, 2), sequences=4)
+    yield case(scaled("mixtral_8x7b", vocab_size=16_384), (2, 1, 2), vocabulary="whole", sequences=4)
+    yield case(scaled("mixtral_8x7b", vocab_size=16_384), (2, 1, 2), vocabulary="whole", dtype="float32")
+    yield case(weak, (2, 1, 4), capacity_factor=1.25, sequences=4)
+    yield case(weak, (2, 1, 4), capacity_factor=1.0, sequences=8, dtype="float32")
+    yield case(weak, (4, 1, 2), overlap=True, num_microbatches=16)
+    yield case(mixtral, (2, 1, 2), overlap=True, dtype="float32")
+
+
+def compiled_bytes(one: Case) -> int:
+    """Bytes per device that the compiler allocates: arguments, outputs that are not donated arguments, temporaries."""
+    import jax
+
+    from meshes.mesh import build_mesh
+    from piperjax.runtime.compiled import memory_of
+    from piperjax.runtime.executor import Executor
+    from piperjax.training.compile_check import compile_step
+    from piperjax.training.config import TrainConfig
+
+    plan = one.plan
+    devices = jax.devices("cpu")[: plan.num_devices]
+    mesh = build_mesh(pipe=plan.pipe, data=plan.data, expert_factors=plan.expert_factors, devices=devices)
+    executor = Executor(one.model, plan, mesh, one.dtype)
+    config = TrainConfig(model=one.model, out="", dtype=one.dtype)
+    return memory_of(compile_step(executor, config)[0]).total
+
+
+def predicted_bytes(one: Case) -> float:
+    """Bytes per device that the planner predicts for simulated devices."""
+    return max(rank.total for rank in estimate_memory(one.model, one.plan, dtype=one.dtype, backend="cpu"))
+
+
+def read_table() -> dict[tuple[str, ...], int]:
+    """Compiled bytes of the committed table by case."""
+    with TABLE.open(newline="", encoding="utf-8") as file:
+        return {
+            tuple(row[name] for name in COLUMNS): int(row["compiled_bytes"]) for row in csv.DictReader(file)
+        }
+
+
+def write_table(rows: list[tuple[Case, int, float]]) -> None:
+    """Writes one line per case."""
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    with TABLE.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*COLUMNS, *NUMBERS])
+        for one, compiled, predicted in rows:
+            writer.writerow([*one.key, compiled, round(predicted), f"{predicted / compiled - 1:.4f}"])
+
+
+def picture(rows: list[tuple[Case, int, float]]) -> str:
+    """SVG: predicted over compiled bytes of every case, with the bars."""
+    width, height, left, top = 860, 320, 60, 30
+    step = (width - left - 20) / len(rows)
+
+    def y(error: float) -> float:
+        return top + (height - top - 30) * (0.14 - error) / 0.18
+
+    lines = [
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+            'font-size="11">'
+        ),
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        (
+            f'<text x="{left}" y="18" font-size="13">Predicted over compiled memory per device, {len(rows)} steps '
+            "(blue float32, orange bfloat16)</text>"
+        ),
+    ]
+    for error in (-0.04, -0.02, 0.0, 0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14):
+        bar = error in (UNDER_BAR, OVER_BAR)
+        style = 'stroke="#c00" stroke-dasharray="5 4"' if bar else 'stroke="#ddd"'
+        lines.append(f'<line x1="{left}" x2="{width - 20}" y1="{y(error):.1f}" y2="{y(error):.1f}" {style}/>')
+        lines.append(f'<text x="{left - 8}" y="{y(error) + 4:.1f}" text-anchor="end">{error:+.0%}</text>')
+    for number, (one, compiled, predicted) in enumerate(rows):
+        error = min(0.14, max(-0.04, predicted / compiled - 1))
+        colour = "#d97706" if one.dtype == "bfloat16" else "#2563eb"
+        x = left + (number + 0.5) * step
+        lines.append(
+            f'<circle cx="{x:.1f}" cy="{y(error):.1f}" r="4" fill="{colour}"><title>{" ".join(one.key)}: '
+            f"{predicted / compiled - 1:+.1%}</title></circle>"
+        )
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def main() -> int:
+    """Prints the table and says whether the bars are met."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--reuse", action="store_true", help="take compiled bytes from the table where it has them"
+    )
+    parser.add_argument(
+        "--only", default="", help="compile only cases whose columns contain this text; write nothing"
+    )
+    args = parser.parse_args()
+    simulate_devices(NUM_DEVICES)
+    known = read_table() if args.reuse and TABLE.exists() else {}
+    rows = []
+    for one in cases():
+        if args.only and args.only not in " ".join(one.key):
+            continue
+        compiled = known.get(one.key) or compiled_bytes(one)
+        predicted = predicted_bytes(one)
+        rows.append((one, compiled, predicted))
+        print(
+            f"{predicted / compiled - 1:+7.1%} {compiled / 2**20:9.2f} MiB  {' '.join(one.key)}", flush=True
+        )
+        if not args.only:
+            write_table(rows)
+    if not args.only:
+        PICTURE.write_text(picture(rows), encoding="utf-8")
+    errors = [predicted / compiled - 1 for _, compiled, predicted in rows]
+    mean = sum(map(abs, errors)) / len(errors)
+    print(f"{len(errors)} steps: mean absolute error {mean:.1%} (bar {MEAN_BAR:.0%}), ", end="")
+    print(f"worst {min(errors):+.1%} and {max(errors):+.1%} (bars {UNDER_BAR:+.0%}, {OVER_BAR:+.0%})")
+    met = mean <= MEAN_BAR and min(errors) >= UNDER_BAR and max(errors) <= OVER_BAR
+    print("bars: " + ("met" if met else "MISSED"))
+    return not met
+
+
+if __name__ == "__main__":
+    sys.exit(main())
