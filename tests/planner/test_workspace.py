@@ -1,25 +1,53 @@
 """Working sets grow with what they consist of."""
 
+import pytest
+
 from models.presets import preset
 from piperjax.planner import workspace
-from piperjax.planner.kept import Share
+from piperjax.planner.kept import Share, kept_bytes
 from piperjax.planner.storage import storage
+from piperjax.planner.workspace import Backend
+
+TINY = preset("tiny")
+STORED = storage(TINY, (4,), pipe=1, data=1, expert=1, dtype="float32")
+
+
+def backward(kind, *, splits=False, widens=True, dtype="float32", **share):
+    backend = Backend(widens=widens, share=Share(**{"sequences": 1, "seq_len": 64, **share}, dtype=dtype))
+    layer = TINY.kinds[kind]
+    return workspace.layer_backward(TINY.d_model, layer, STORED.layers[kind], backend, splits=splits)
 
 
 def test_attention_without_fusion_is_quadratic_in_the_sequence():
-    model = preset("tiny")
-    stored = storage(model, (4,), pipe=1, data=1, expert=1, dtype="float32")
-    layer = model.kinds["dense"]
-    found = [
-        sum(
-            workspace.layer_backward(
-                model.d_model,
-                layer,
-                Share(sequences=1, seq_len=seq_len, dtype="float32"),
-                stored.layers["dense"],
-                wide=True,
-            )
-        )
-        for seq_len in (4096, 8192)
-    ]
-    assert 3.5 < found[1] / found[0] < 4
+    small, large = (backward("dense", seq_len=seq_len).total for seq_len in (8192, 16384))
+    assert 3.5 < large / small < 4
+
+
+def test_rows_of_dispatch_follow_the_devices_that_share_experts():
+    alone, shared = (backward("moe", sequences=8, seq_len=16, expert=expert).dispatch for expert in (1, 4))
+    assert shared == pytest.approx(4 * alone)  # Dropless: every device has room for all that could come.
+
+
+def test_an_input_gradient_needs_less_than_a_backward():
+    assert backward("moe", splits=True).total < backward("moe").total
+
+
+def test_bfloat16_is_widened_on_simulated_devices_only():
+    as_compiled, on_gpu = (backward("moe", dtype="bfloat16", widens=widens).total for widens in (True, False))
+    assert on_gpu < 0.75 * as_compiled
+
+
+def test_narrow_elements_leave_out_what_is_kept_in_float32():
+    share = Share(sequences=2, seq_len=24, dtype="bfloat16")
+    layer = TINY.kinds["dense"]
+    count = workspace.narrow_elements(kept_bytes, TINY.d_model, layer, share, "layer")
+    assert count == 2 * 24 * TINY.d_model  # The input alone.
+    stash = kept_bytes(TINY.d_model, layer, share, "stash")
+    narrow = 2 * workspace.narrow_elements(kept_bytes, TINY.d_model, layer, share, "stash")
+    assert 0 < narrow < stash
+
+
+def test_logits_are_there_three_times_in_float32():
+    backend = Backend(widens=True, share=Share(sequences=2, seq_len=512, dtype="float32"))
+    phase = workspace.head(64, 10_000, backend)
+    assert 3 * 1024 * 10_000 * 4 <= phase.total < 3.1 * 1024 * 10_000 * 4

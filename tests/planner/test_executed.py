@@ -1,0 +1,37 @@
+"""FLOP that a step runs: useful work, what attention computes too much, and what is run again."""
+
+import pytest
+
+from benchmarks.cases import dense_model
+from models import cost
+from piperjax.planner.executed import executed_flop
+from piperjax.planner.plan import Plan
+
+
+def plan_of(model, memory_mode):
+    return Plan(
+        pipe=2,
+        data=2,
+        expert=1,
+        expert_factors=(1, 1, 1),
+        schedule="one_f_one_b",
+        num_microbatches=4,
+        layers_per_stage=(2, 2),
+        batch_size=8,
+        seq_len=64,
+        memory_mode=memory_mode,
+    )
+
+
+@pytest.mark.parametrize(
+    ("memory_mode", "forwards"), [("stash", 3), ("products", 3), ("layer", 4), ("stage", 5)]
+)
+def test_a_step_costs_three_forwards_and_what_is_run_again(memory_mode, forwards):
+    model = dense_model()
+    flop = cost.flop_per_token(model, 64)
+    layers = sum(layer.total + layer.attention_scores for layer in flop.layers)
+    # The last product of a layer is not run again, and of attention only the inner products where the rest is kept.
+    down = 4 * 2 * 64 * 256 if memory_mode in ("layer", "stage") else 0
+    scores = 2 * sum(layer.attention_scores for layer in flop.layers) if memory_mode == "products" else 0
+    expected = 8 * 64 * (forwards * layers - down + scores + 3 * flop.head) / 4
+    assert executed_flop(model, plan_of(model, memory_mode)) == pytest.approx(expected)

@@ -1,0 +1,60 @@
+"""A step predicted and compiled: state exactly, everything closely."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks.cases import make_executor, moe_model
+from piperjax.training import compile_check
+from piperjax.training.config import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    executor = make_executor(
+        moe_model(num_layers=4), pipe=2, data=2, expert=2, num_microbatches=4, microbatch_size=2, seq_len=128
+    )
+    config = TrainConfig(model=executor.config, out="", dtype=executor.dtype)
+    compiled, seconds = compile_check.compile_step(executor, config)
+    assert set(seconds) == {"trace", "compile"}
+    return compile_check.compare(executor, compiled, with_work=True)
+
+
+def test_arguments_are_predicted_exactly(comparison):
+    for name, num_bytes in comparison.state_bytes.items():
+        assert comparison.predicted.terms[name] == num_bytes
+    state = sum(comparison.state_bytes.values())
+    assert state <= comparison.memory.arguments <= state + 1024  # Besides: step, router bias, stop.
+    assert comparison.memory.total == (
+        comparison.memory.arguments
+        + comparison.memory.outputs
+        - comparison.memory.aliased
+        + comparison.memory.temporaries
+    )
+
+
+def test_flop_is_that_of_the_compiled_step(comparison):
+    assert comparison.predicted_flop == pytest.approx(comparison.work.flop, rel=0.01)
+
+
+def test_rows_travel_between_experts_six_times_per_layer_and_microbatch(comparison):
+    # [P C, D] with C = T min(k, E / P), of which one half stays; T = 256, k = 2, D = 64, P = 2, two layers per rank.
+    # Forward, recomputed, and backward; and in each of the first two, how many rows go to every expert.
+    rows, counts = 2 * 256 * 2 * 64 * 4 / 2, 8 * 4 / 2
+    sent = comparison.work.sent_bytes["expert", "all-to-all"]
+    assert sent == pytest.approx(4 * 2 * (6 * rows + 2 * counts), rel=0.001)
+
+
+def test_memory_is_predicted_closely(comparison):
+    assert -0.02 < comparison.memory_error < 0.12
+
+
+def test_what_is_printed_says_both(comparison):
+    assert "predicted" in comparison.line() and "compiled" in comparison.line()
+    table = "\n".join(comparison.lines())
+    for word in ("parameters", "temporaries", "FLOP of products", "expert: all-to-all"):
+        assert word in table
+    reserved = dataclasses.replace(
+        comparison, predicted=dataclasses.replace(comparison.predicted, reserve=2**30)
+    )
+    assert reserved.memory_error == comparison.memory_error

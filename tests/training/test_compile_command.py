@@ -1,0 +1,59 @@
+"""`python -m piperjax compile`: tables, JSON, and one sentence for a mistake."""
+
+import json
+
+import pytest
+
+from piperjax.__main__ import main
+
+FLAGS = [
+    "compile",
+    "--model",
+    "tiny",
+    "--pipe",
+    "2",
+    "--expert",
+    "2",
+    "--data-parallel",
+    "1",
+    "--batch",
+    "8",
+    "--seq",
+    "64",
+]
+
+
+@pytest.fixture(autouse=True)
+def keep_jax_settings():
+    import jax
+
+    platforms = jax.config.jax_platforms
+    yield
+    jax.config.update("jax_platforms", platforms)
+
+
+def test_a_plan_is_compiled_and_compared(capsys):
+    assert main([*FLAGS, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["plan"]["pipe"] == 2
+    assert told["argument_bytes"]["moments"] == 2 * told["argument_bytes"]["parameters"]
+    assert told["compiled_flop"] == pytest.approx(told["predicted_flop"], rel=0.02)
+    assert -0.02 < told["memory_error"] < 0.12
+    assert main([*FLAGS, "--set", "plan.memory_mode=stage"]) == 0
+    assert "memory mode stage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--model", "tinny"], "no model named 'tinny'; did you mean 'tiny'?"),
+        (["--pipe", "3", "--devices", "4"], "must be the 4 devices"),
+        (["--pipe", "-1"], "give --devices as well"),
+        (["--model", "deepseek_v3", "--pipe", "4", "--expert", "8"], "can be planned but not yet trained"),
+    ],
+)
+def test_a_mistake_is_one_sentence(capsys, flags, sentence):
+    assert main(["compile", *flags]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert len(error.strip().splitlines()) == 1
