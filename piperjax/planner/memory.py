@@ -287,8 +287,8 @@ def _passed_on(layout: Layout, accumulators: dict[str, float], lasting: _Lasting
 
 
 def _is_loop(stored: Storage, layout: Layout) -> bool:
-    """Whether the layers of a stage are a plain loop: all of one kind, equally many on every stage."""
-    return len(stored.layers) == 1 and layout.is_uniform
+    """Whether the layers of a stage are a plain loop: several, all of one kind, equally many on every stage."""
+    return len(stored.layers) == 1 and layout.is_uniform and layout.layers_per_stage[0] > 1
 
 
 def _converted(model: ModelConfig, layout: Layout, stored: Storage, compiler: Backend) -> tuple[float, float]:

@@ -14,7 +14,7 @@ def comparison():
     executor = make_executor(
         moe_model(num_layers=4), pipe=2, data=2, expert=2, num_microbatches=4, microbatch_size=2, seq_len=128
     )
-    config = TrainConfig(model=executor.config, out="", dtype=executor.dtype)
+    config = TrainConfig(model=executor.config, out="unused", dtype=executor.dtype)
     compiled, seconds = compile_check.compile_step(executor, config)
     assert set(seconds) == {"trace", "compile"}
     return compile_check.compare(executor, compiled, with_work=True)
