@@ -3,7 +3,7 @@
 Every rank runs the same program, so all of them allocate the same: buffers are as large as the worst rank needs.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
@@ -58,7 +58,7 @@ class RankMemory:
     @property
     def terms(self) -> dict[str, float]:
         """Every part by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return dict(vars(self))
 
     @property
     def total(self) -> float:
@@ -259,11 +259,12 @@ def _largest_phase(
     for kind, layer in kinds_of(model):
         of = stored.layers[kind]
         phase = workspace.layer_backward(model.d_model, layer, of, compiler, splits=layout.splits)
-        found.append(phase.beside(before_layers + _passed_on(layout, accumulators, lasting)))
+        found.append(phase.beside(before_layers + _passed_on(layout, accumulators, lasting, compiler)))
         if layout.splits:
             phase = workspace.weight_gradient(model.d_model, layer, of, compiler, layout.memory_mode)
-            # A loop of one turn is none, and its branch is handed a copy.
-            copies = sum(accumulators.values()) if max(layout.layers_per_stage) == 1 else 0
+            # A loop of one turn is none: its branch is handed a copy, unless the gradient must be converted first.
+            is_copied = max(layout.layers_per_stage) == 1 and not compiler.is_widened
+            copies = sum(accumulators.values()) if is_copied else 0
             found.append(phase.beside(before_weights + copies))
     largest = max(found, key=lambda phase: phase.total)
     largest = Phase(*(workspace.SLACK * part for part in largest))
@@ -273,7 +274,7 @@ def _largest_phase(
     return max(largest, end, key=lambda phase: phase.total)
 
 
-def _passed_on(layout: Layout, accumulators: dict[str, float], lasting: _Lasting) -> float:
+def _passed_on(layout: Layout, accumulators: dict[str, float], lasting: _Lasting, compiler: Backend) -> float:
     """Bytes of what branches hand on unchanged, which XLA copies before them.
 
     A layer of one kind hands on the accumulators of the others; those of the last kind are changed in place, unless
@@ -282,7 +283,8 @@ def _passed_on(layout: Layout, accumulators: dict[str, float], lasting: _Lasting
     """
     everything = sum(accumulators.values())
     if layout.overlap:
-        return everything + lasting.stash + lasting.taps
+        is_loop = max(layout.layers_per_stage) > 1 or not compiler.is_widened
+        return (everything if is_loop else 0) + lasting.stash + lasting.taps
     return everything if not layout.is_uniform else everything - list(accumulators.values())[-1]
 
 

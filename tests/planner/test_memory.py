@@ -5,6 +5,7 @@ from math import ceil
 
 import pytest
 
+from benchmarks import memory as benchmark
 from models.presets import preset
 from piperjax.planner.memory import estimate_memory, is_straight, layout_of, peak_memory
 from piperjax.planner.plan import Plan
@@ -77,3 +78,27 @@ def test_a_backend_that_nobody_compiles_for_is_named():
     model = preset("tiny")
     with pytest.raises(ValueError, match="backend must be one of gpu, cpu, got 'tpu'"):
         estimate_memory(model, make_plan(model), backend="tpu")
+
+
+def test_predictions_meet_the_bars_beside_what_was_compiled():
+    compiled = benchmark.read_table()
+    cases = list(benchmark.cases())
+    assert len(cases) >= 40 and {case.key for case in cases} == set(compiled)
+    errors = [benchmark.predicted_bytes(case) / compiled[case.key] - 1 for case in cases]
+    assert sum(map(abs, errors)) / len(errors) <= benchmark.MEAN_BAR
+    assert min(errors) >= benchmark.UNDER_BAR and max(errors) <= benchmark.OVER_BAR
+
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(number, marks=[pytest.mark.slow] if number else []) for number in range(4)]
+)
+def test_steps_of_other_sizes_are_predicted_as_well(number):
+    model = benchmark.scaled("mixtral_8x7b", d_model=256, num_layers=2)
+    case = [
+        benchmark.case(model, (1, 2, 2), dtype="float32"),
+        benchmark.case(model, (2, 1, 4)),
+        benchmark.case(benchmark.scaled("arctic", d_model=256), (2, 2, 2)),
+        benchmark.case(model, (2, 1, 2), schedule="zb_h1", memory_mode="stash", dtype="float32"),
+    ][number]
+    error = benchmark.predicted_bytes(case) / benchmark.compiled_bytes(case) - 1
+    assert benchmark.UNDER_BAR <= error <= benchmark.OVER_BAR
