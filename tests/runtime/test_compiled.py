@@ -78,3 +78,14 @@ def test_backward_repeats_as_many_exchanges_as_the_memory_mode_says(memory_mode,
     exchanges = re.findall(r"= \(?(\w+)\[[\d,]*\]\S*,? .*all-to-all(?:-start)?\(", text)
     # Dispatch and combine, forward and backward, and what backward does again. Counts of rows are integers.
     assert sum(dtype == "f32" for dtype in exchanges) == expected
+
+
+def test_no_operation_of_a_layer_slices_the_batch_anew():
+    # One layer per stage: there is no loop out of which the compiler could take it.
+    executor = make_executor(moe_model(num_layers=4), pipe=4, num_microbatches=8, microbatch_size=2)
+    text = compiled_step(executor).as_text()
+    whole_batch = r"s32\[8,2,64\]"
+    fusions = re.findall(rf"= (\S+) fusion\(.*?calls=(%[\w.]+), .*op_name=\"[^\"]*/(?:forward|backward)/", text)
+    assert fusions
+    takes_it = set(re.findall(rf"^(%[\w.]+) \([^)]*{whole_batch}", text, re.MULTILINE))
+    assert not [shape for shape, called in fusions if called in takes_it]
