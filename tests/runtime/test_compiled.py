@@ -85,7 +85,9 @@ def test_no_operation_of_a_layer_slices_the_batch_anew():
     executor = make_executor(moe_model(num_layers=4), pipe=4, num_microbatches=8, microbatch_size=2)
     text = compiled_step(executor).as_text()
     whole_batch = r"s32\[8,2,64\]"
-    fusions = re.findall(rf"= (\S+) fusion\(.*?calls=(%[\w.]+), .*op_name=\"[^\"]*/(?:forward|backward)/", text)
+    fusions = re.findall(
+        r"= (\S+) fusion\(.*?calls=(%[\w.]+), .*op_name=\"[^\"]*/(?:forward|backward)/", text
+    )
     assert fusions
     takes_it = set(re.findall(rf"^(%[\w.]+) \([^)]*{whole_batch}", text, re.MULTILINE))
     assert not [shape for shape, called in fusions if called in takes_it]
