@@ -23,6 +23,7 @@ shapes = m.Shapes(
     heads=(m.Heads(1, 32, 4, 16), m.Heads(1, 64, 4, 16)),
     stream_bytes=(2**12, 2**18),
     copy_bytes=(2**16,),
+    working_bytes=2**12,
     dtypes=("float32",),
 )
 m.shapes_for = lambda backend, *, quick: shapes
