@@ -16,6 +16,7 @@ from models import cost
 from piperjax.runtime.executor import Executor
 from piperjax.training import banner, distributed
 from piperjax.training.checkpoint import Checkpoints
+from piperjax.training.compile_check import compare
 from piperjax.training.config import TrainConfig
 from piperjax.training.data import Dataset, TrainBatches, load_dataset, open_tokenizer
 from piperjax.training.interrupt import Interrupt
@@ -32,7 +33,7 @@ from piperjax.training.metrics import (
     validation_line,
 )
 from piperjax.training.planning import planned
-from piperjax.training.prediction import Prediction, predict, verdict
+from piperjax.training.prediction import Prediction, compiled_lines, predict, verdict
 from piperjax.training.run_directory import RunLock, make_run_directory
 from piperjax.training.run_file import check_same_run, write_run_file
 from piperjax.training.state import StepMetrics, TrainState, init_state, make_evaluate, make_train_step
@@ -324,8 +325,10 @@ def _compiled(run: _Run, batch: dict[str, jax.Array]) -> Callable[..., tuple[Tra
     run.printer.line("compiling the step, once")
     flags = distributed.stop_flags(run.executor.mesh, is_asked=False)
     compiled = make_train_step(run.executor, run.config).lower(run.state, batch, flags).compile()
+    run.printer.line(f"compiled the step in {time.perf_counter() - started:.1f} s")
+    if compiled.memory_analysis() is not None:  # Not every backend tells.
+        run.printer.line(compiled_lines(compare(run.executor, compiled, with_work=True)))
     run.clock = time.perf_counter()
-    run.printer.line(f"compiled the step in {run.clock - started:.1f} s")
     return compiled
 
 

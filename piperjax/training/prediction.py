@@ -9,13 +9,16 @@ from meshes.platform import Platform
 from piperjax.planner.explain import PART_WORDS
 from piperjax.planner.memory import estimate_memory
 from piperjax.planner.timing import estimate_time
+from piperjax.training.compile_check import Comparison
 from piperjax.training.config import TrainConfig
-from piperjax.training.metrics import gib
+from piperjax.training.metrics import gib, si
 
 # The step that an estimate is compared with is the median of at least so many.
 FEWEST_STEPS = 3
 # Parts of a step or of memory that are named in a line.
 NAMED_PARTS = 3
+# Kinds of collectives that are named.
+SENT_KINDS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,24 @@ def predict(config: TrainConfig, platform: Platform, *, backend: str) -> Predict
             "notes": time.notes,
         }
     return Prediction(memory_bytes=dict(fullest.terms), capacity_bytes=device.memory_bytes, **seconds)
+
+
+def compiled_lines(found: Comparison) -> str:
+    """Returns what the compiler made of the step beside what was predicted, per device, in a few lines."""
+    terms = found.predicted.terms
+    lasting = {name: terms[name] for name in found.state_bytes}
+    predicted = {**lasting, "temporaries": found.predicted.total - found.predicted.reserve - sum(lasting.values())}
+    compiled = {**found.state_bytes, "temporaries": found.memory.temporaries}
+    classes = ", ".join(f"{name} {gib(predicted[name])} and {gib(compiled[name])}" for name in compiled)
+    totals = f"{gib(sum(predicted.values()))} predicted, {gib(found.memory.total)} compiled"
+    lines = [f"compiled  memory per device {totals} ({found.memory_error:+.1%}): {classes}"]
+    if found.work is not None:
+        error = f" ({found.predicted_flop / found.work.flop - 1:+.1%})" if found.work.flop else ""
+        lines.append(f"FLOP of products {si(found.predicted_flop)} predicted, {si(found.work.flop)} compiled{error}")
+        sent = sorted(found.work.sent_bytes.items(), key=lambda item: -item[1])
+        listed = ", ".join(f"{axes} {operation} {gib(size)}" for (axes, operation), size in sent[:SENT_KINDS])
+        lines += [f"sent in a step: {listed}"] if listed else []
+    return f"\n{'':10}".join(lines)
 
 
 def verdict(prediction: Prediction, measured_seconds: Sequence[float]) -> str | None:

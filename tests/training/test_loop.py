@@ -40,6 +40,9 @@ def train(monkeypatch, bigram, text, tmp_path):
         return bigram.executor(model, pipe=plan.pipe, num_devices=plan.data * plan.expert)
 
     monkeypatch.setattr(loop, "Executor", build)
+    # Nothing is predicted of the small executor.
+    monkeypatch.setattr(loop, "compare", lambda *_, **__: None)
+    monkeypatch.setattr(loop, "compiled_lines", lambda _: "compiled  as predicted")
 
     def run(*, pipe=1, replicas=1, on_record=None, stream=None, **changes):
         plan = Plan(

@@ -7,11 +7,13 @@ import pytest
 
 from meshes.platform import Platform, load_platform
 from models.presets import preset
-from piperjax.planner.memory import estimate_memory
+from piperjax.planner.memory import RankMemory, estimate_memory
 from piperjax.planner.plan import default_plan
 from piperjax.planner.timing import estimate_time
+from piperjax.runtime.compiled import CompiledMemory, CompiledWork
+from piperjax.training.compile_check import Comparison
 from piperjax.training.config import TrainConfig
-from piperjax.training.prediction import Prediction, predict, verdict
+from piperjax.training.prediction import Prediction, compiled_lines, predict, verdict
 
 FRONTIER = load_platform("frontier")
 
@@ -76,6 +78,34 @@ def test_the_median_step_is_compared_with_what_was_predicted(measured, side):
     text = verdict(expected(), measured)
     assert text.startswith(f"a step took {measured[0]} s, the median of 3, and 0.5 s was predicted: ")
     assert f"{measured[0] / 0.5:.2f} times as long, {side} the 20%" in text
+
+
+def compared(work=None, reserve=0.0):
+    terms = dict.fromkeys(field.name for field in dataclasses.fields(RankMemory)) | {"reserve": reserve}
+    terms = {name: float(value or 2**20) for name, value in terms.items()} | {"reserve": reserve}
+    return Comparison(
+        predicted=RankMemory(**terms),
+        memory=CompiledMemory(arguments=3 * 2**20, outputs=2**20, aliased=2**20, temporaries=2**23),
+        state_bytes={"parameters": 2**20, "moments": 2**20, "batch": 2**20},
+        predicted_flop=1.1e9,
+        work=work,
+    )
+
+
+def test_what_was_compiled_stands_beside_what_was_predicted():
+    """Eleven terms of 1 MiB, of which three last; reserve is not the compiler's."""
+    memory = (
+        "compiled  memory per device 11.0 MiB predicted, 11.0 MiB compiled (+0.0%): parameters 1.0 MiB and 1.0 MiB, "
+        "moments 1.0 MiB and 1.0 MiB, batch 1.0 MiB and 1.0 MiB, temporaries 8.0 MiB and 8.0 MiB"
+    )
+    assert compiled_lines(compared(reserve=2.0**30)) == memory
+    sent = {("pipe", "collective-permute"): 2.0**10, ("expert", "all-to-all"): 2.0**21}
+    lines = compiled_lines(compared(CompiledWork(flop=1e9, sent_bytes=sent))).splitlines()
+    assert lines == [
+        memory,
+        "          FLOP of products 1.1G predicted, 1G compiled (+10.0%)",
+        "          sent in a step: expert all-to-all 2.0 MiB, pipe collective-permute 1.0 KiB",
+    ]
 
 
 def test_too_few_steps_say_nothing():
