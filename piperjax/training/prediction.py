@@ -104,14 +104,19 @@ def compiled_lines(found: Comparison) -> str:
     """Returns what the compiler made of the step beside what was predicted, per device, in a few lines."""
     terms = found.predicted.terms
     lasting = {name: terms[name] for name in found.state_bytes}
-    predicted = {**lasting, "temporaries": found.predicted.total - found.predicted.reserve - sum(lasting.values())}
+    predicted = {
+        **lasting,
+        "temporaries": found.predicted.total - found.predicted.reserve - sum(lasting.values()),
+    }
     compiled = {**found.state_bytes, "temporaries": found.memory.temporaries}
     classes = ", ".join(f"{name} {gib(predicted[name])} and {gib(compiled[name])}" for name in compiled)
     totals = f"{gib(sum(predicted.values()))} predicted, {gib(found.memory.total)} compiled"
     lines = [f"compiled  memory per device {totals} ({found.memory_error:+.1%}): {classes}"]
     if found.work is not None:
         error = f" ({found.predicted_flop / found.work.flop - 1:+.1%})" if found.work.flop else ""
-        lines.append(f"FLOP of products {si(found.predicted_flop)} predicted, {si(found.work.flop)} compiled{error}")
+        lines.append(
+            f"FLOP of products {si(found.predicted_flop)} predicted, {si(found.work.flop)} compiled{error}"
+        )
         sent = sorted(found.work.sent_bytes.items(), key=lambda item: -item[1])
         listed = ", ".join(f"{axes} {operation} {gib(size)}" for (axes, operation), size in sent[:SENT_KINDS])
         lines += [f"sent in a step: {listed}"] if listed else []
