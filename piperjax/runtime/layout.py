@@ -51,6 +51,13 @@ class LayerLayout:
         """Whether every position of every rank holds a layer of one and the same kind."""
         return len(self.kinds) == 1 and bool((self.kind == 0).all())
 
+    @property
+    def agreed_kinds(self) -> tuple[int | None, ...]:
+        """For each position the kind of layer that all chunks of all ranks hold there; None if they differ."""
+        firsts = self.kind[0, 0]
+        agreed = (self.kind == firsts).all(axis=(0, 1)) & (firsts < len(self.kinds))
+        return tuple(int(kind) if agree else None for kind, agree in zip(firsts, agreed, strict=True))
+
 
 def layer_layout(config: ModelConfig, schedule: Schedule, layers_per_stage: tuple[int, ...]) -> LayerLayout:
     """Places the layers of a model on the chunks of a schedule.

@@ -7,6 +7,8 @@ one layer at a time, so that nothing differentiates through a loop and working m
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +23,8 @@ from piperjax.runtime.varying import vary
 # For each layer kind, one buffer [slot, L_kind, ...] per array.
 Buffers = dict[str, list[jax.Array]]
 SurroundingsOf = Callable[[jax.Array], Surroundings]
+# Every run of positions is compiled once more.
+MOST_RUNS = 4
 
 
 class Totals(NamedTuple):
@@ -120,8 +124,8 @@ class Stage:
     def _layers_forward(self, place: Place, x: jax.Array, totals: Totals | None, stash: Buffers | None):
         return lax.scan(self._forward_body(place), (x, totals, stash), self._positions())[0]
 
-    def _forward_body(self, place: Place):
-        """One layer: ((x, totals, stash), position) -> ((y, totals, stash), None)."""
+    def _forward_body(self, place: Place, kind: int | None = None):
+        """One layer, of a known kind if given: ((x, totals, stash), position) -> ((y, totals, stash), None)."""
 
         def branch(kind: str, position):
             def run(operands):
@@ -147,7 +151,7 @@ class Stage:
         def body(carry, position):
             with jax.named_scope("forward"):
                 branches = [branch(kind, position) for kind in self.layout.kinds]
-                return self._switch(place.chunk, position, branches, carry), None
+                return self._switch(place.chunk, position, branches, carry, kind), None
 
         return body
 
@@ -186,8 +190,10 @@ class Stage:
         body = self._backward_body(place, slot, scale, stash)
         return lax.scan(body, (gradient, grads, taps), self._positions(), reverse=True)[0]
 
-    def _backward_body(self, place: Place, slot: jax.Array, scale: jax.Array, stash: Buffers):
-        """One layer: ((gradient, grads, taps), position) -> ((input gradient, grads, taps), None)."""
+    def _backward_body(
+        self, place: Place, slot: jax.Array, scale: jax.Array, stash: Buffers, kind: int | None = None
+    ):
+        """One layer, of a known kind if given: ((gradient, grads, taps), position) -> ((input gradient, ...), None)."""
 
         def branch(kind: str, position):
             passes = self.passes[kind]
@@ -214,7 +220,7 @@ class Stage:
         def body(carry, position):
             with jax.named_scope("backward"):
                 branches = [branch(kind, position) for kind in self.layout.kinds]
-                return self._switch(place.chunk, position, branches, carry), None
+                return self._switch(place.chunk, position, branches, carry, kind), None
 
         return body
 
@@ -234,22 +240,34 @@ class Stage:
         """Per device: `forward` of one microbatch and `backward` of another, layer by layer in one loop.
 
         Nothing in an iteration's forward depends on its backward, so a compiler that schedules for latency puts
-        the all-to-all of one under the products of the other (the idea of DualPipe, DeepSeek-V3, 3.2.1).
+        the all-to-all of one under the products of the other (the idea of DualPipe, DeepSeek-V3, 3.2.1). Nothing is
+        hidden inside a conditional, so positions at which all ranks hold the same kind of layer are run without one.
 
         Returns:
           What `forward` returns but the stash, what `backward` returns, the stash.
         """
         last = self.layout.positions - 1
 
-        def body(carry, position):
+        def body(kinds, carry, position):
             (x, totals), backward_carry, stash = carry
-            ahead = self._backward_body(backward_place, backward_place.slot, scale, stash)
+            ahead = self._backward_body(backward_place, backward_place.slot, scale, stash, kinds[1])
             backward_carry, _ = ahead(backward_carry, last - position)
-            (x, totals, stash), _ = self._forward_body(forward_place)((x, totals, stash), position)
+            (x, totals, stash), _ = self._forward_body(forward_place, kinds[0])((x, totals, stash), position)
             return ((x, totals), backward_carry, stash), None
 
         carry = ((x, totals), (gradient, grads, taps), stash)
-        return lax.scan(body, carry, self._positions())[0]
+        for kinds, positions in self._runs():
+            carry = lax.scan(partial(body, kinds), carry, positions)[0]
+        return carry
+
+    def _runs(self) -> list[tuple[tuple[int | None, int | None], jax.Array]]:
+        """Positions in a row with the same kinds of layer there and as far from the end; None where ranks differ."""
+        agreed = self.layout.agreed_kinds
+        pairs = list(zip(agreed, reversed(agreed), strict=True))
+        if len(list(groupby(pairs))) > MOST_RUNS:
+            pairs = [(None, None)] * len(pairs)
+        runs = groupby(range(len(pairs)), key=pairs.__getitem__)
+        return [(kinds, jnp.array(list(positions), jnp.int32)) for kinds, positions in runs]
 
     def weight_gradient(self, place: Place, *, grads: dict, taps: Buffers) -> dict:
         """Per device: adds the weight gradients that `backward` left; returns the accumulators."""
@@ -287,10 +305,12 @@ class Stage:
         # Not varying: a predicate read at a position must vary over pipe only, as the layer table does.
         return jnp.arange(self.layout.positions, dtype=jnp.int32)
 
-    def _switch(self, chunk: jax.Array, position: jax.Array, branches: list, operands):
-        """Runs the branch of the layer at a position; where there is none, the operands stay."""
-        if self.layout.is_uniform:
-            return branches[0](operands)
+    def _switch(
+        self, chunk: jax.Array, position: jax.Array, branches: list, operands, kind: int | None = None
+    ):
+        """Runs the branch of the layer at a position, of a known kind if given; where there is none, operands stay."""
+        if self.layout.is_uniform or kind is not None:
+            return branches[kind or 0](operands)
         has_gaps = bool((self.layout.kind == len(self.layout.kinds)).any())
         kind = slots.read(self.table.kind, chunk, position)
         return lax.switch(kind, branches + ([lambda operands: operands] if has_gaps else []), operands)

@@ -232,19 +232,25 @@ def test_a_whole_vocabulary_equals_one_device(schedule, embeddings):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "dense_layers", "memory_mode"),
-    [("one_f_one_b", 0, "named"), ("zb_v", 1, "layer"), ("interleaved", 0, "stash")],
+    ("schedule", "dense_layers", "memory_mode", "layers_per_stage"),
+    [
+        ("one_f_one_b", 0, "named", (2, 2)),
+        ("one_f_one_b", 0, "layer", (3, 1)),  # Only at one position do both ranks hold a layer.
+        ("zb_v", 1, "layer", (1, 1, 1, 1)),
+        ("interleaved", 0, "stash", (1, 1, 1, 1)),
+    ],
 )
-def test_overlapped_forward_and_backward_equal_one_device(schedule, dense_layers, memory_mode):
+def test_overlapped_forward_and_backward_equal_one_device(
+    schedule, dense_layers, memory_mode, layers_per_stage
+):
     config = model(dense_layers=dense_layers)
-    stages = 2 * registry.chunks_of(schedule)
     plan = plan_for(
         config,
         schedule=schedule,
         memory_mode=memory_mode,
         pipe=2,
         expert=2,
-        layers_per_stage=(4 // stages,) * stages,
+        layers_per_stage=layers_per_stage,
         overlap=True,
     )
     check_equal(config, plan, tolerance=1e-5)

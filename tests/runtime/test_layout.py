@@ -48,6 +48,12 @@ def test_v_shaped_placement_drawn_out():
     assert layout.is_uniform
 
 
+def test_positions_where_all_ranks_hold_the_same_kind():
+    uneven = layer_layout(model(DENSE, MOE, MOE, DENSE, MOE), gpipe(2, 1), (3, 2))
+    assert uneven.agreed_kinds == (0, 1, None)
+    assert layer_layout(model(DENSE, MOE, MOE, MOE), gpipe(2, 1), (2, 2)).agreed_kinds == (None, 1)
+
+
 def test_stages_must_hold_the_layers():
     with pytest.raises(ValueError, match="the stages must hold the 2 layers of test, but layers_per_stage"):
         layer_layout(model(MOE, MOE), gpipe(2, 1), (2, 1))
