@@ -57,4 +57,4 @@ def test_what_is_printed_says_both(comparison):
     reserved = dataclasses.replace(
         comparison, predicted=dataclasses.replace(comparison.predicted, reserve=2**30)
     )
-    assert reserved.memory_error == comparison.memory_error
+    assert reserved.memory_error == pytest.approx(comparison.memory_error)

@@ -49,7 +49,10 @@ def test_a_plan_is_compiled_and_compared(capsys):
         (["--model", "tinny"], "no model named 'tinny'; did you mean 'tiny'?"),
         (["--pipe", "3", "--devices", "4"], "must be the 4 devices"),
         (["--pipe", "-1"], "give --devices as well"),
-        (["--model", "deepseek_v3", "--pipe", "4", "--expert", "8"], "can be planned but not yet trained"),
+        (
+            ["--model", "deepseek_v3", "--pipe", "1", "--expert", "8", "--seq", "128"],
+            "can be planned but not yet trained",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(capsys, flags, sentence):
