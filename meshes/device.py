@@ -139,6 +139,8 @@ class Device:
       launch_seconds: fixed cost of a kernel, or of an operation of a program on CPU.
       call_seconds: fixed cost of starting a compiled program, such as a training step, on all devices of a host.
       reserve_bytes: memory that the runtime, its communication library and fragmentation keep from the program.
+      fresh_bytes_per_second: rate at which memory that a program did not have before is written for the first time;
+        None where programs get the same memory again and again, as from the pool of an accelerator.
       host_bytes_per_second: rate of copies between host and device; None where unknown.
       concurrent_devices: devices of a host that compute at once; None where each has its own hardware.
       provenance: where the numbers of this table itself come from; the three rates say their own.
@@ -154,6 +156,7 @@ class Device:
     launch_seconds: float = 0.0
     call_seconds: float = 0.0
     reserve_bytes: int = 0
+    fresh_bytes_per_second: float | None = None
     host_bytes_per_second: float | None = None
     concurrent_devices: float | None = None
     provenance: Provenance = "assumed"
@@ -167,7 +170,7 @@ class Device:
             check_rate,
             example="bfloat16 = 191.5e12",
         )
-        for name in ("memory_bytes_per_second", "host_bytes_per_second"):
+        for name in ("memory_bytes_per_second", "fresh_bytes_per_second", "host_bytes_per_second"):
             if getattr(self, name) is not None:
                 check_rate(f"device.{name}", getattr(self, name))
         check_fraction("device.memory_efficiency", self.memory_efficiency)

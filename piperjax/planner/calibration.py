@@ -109,7 +109,7 @@ class Measurements:
       alone: pairs of seconds of the same work (one device alone, all together).
       launch_seconds: of one operation of a program.
       call_seconds: of an empty program.
-      products, attention, streams, exchanges, copies: samples.
+      products, attention, streams, exchanges, copies, fresh: samples.
     """
 
     num_local: int
@@ -121,6 +121,7 @@ class Measurements:
     streams: tuple[BytesSample, ...] = ()
     exchanges: tuple[ExchangeSample, ...] = ()
     copies: tuple[BytesSample, ...] = ()
+    fresh: tuple[BytesSample, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +169,9 @@ def calibrate(platform: Platform, measurements: Measurements, *, shares_cores: b
         device, fits["device.attention"] = _with_attention(device, attention)
     if streams:
         device, fits["device"] = _with_streams(device, streams, keep_peak=not shares_cores)
+    if measurements.fresh:
+        rates = [s.num_bytes / (s.seconds * scale) for s in measurements.fresh]
+        device = replace(device, fresh_bytes_per_second=_rounded(float(np.median(rates))))
     if measurements.copies:
         rates = [s.num_bytes / s.seconds for s in measurements.copies]
         device = replace(device, host_bytes_per_second=_rounded(float(np.median(rates))))

@@ -18,6 +18,7 @@ PART_WORDS = {
     "bubble": "bubble",
     "gradient_reduction": "reduction of gradients",
     "optimizer": "optimizer",
+    "fresh_memory": "first touch of memory",
 }
 
 

@@ -61,6 +61,11 @@ class RankMemory:
         return dict(vars(self))
 
     @property
+    def taken(self) -> float:
+        """What a step takes and gives back."""
+        return self.total - self.parameters - self.moments - self.batch - self.reserve
+
+    @property
     def total(self) -> float:
         """All parts together."""
         return sum(self.terms.values())

@@ -17,6 +17,7 @@ from piperjax.planner.candidates import Mesh, Order, Question, Rejections, memor
 from piperjax.planner.cells import Cell, groups, layers_by_flop, memory_backend
 from piperjax.planner.memory import Layout, is_straight, rank_memory
 from piperjax.planner.plan import RECOMPUTING_MODES, Plan
+from piperjax.planner.shared_cores import fresh_seconds
 from piperjax.planner.timing import HIDDEN_FRACTION
 from piperjax.schedules import registry
 from piperjax.schedules.profile import Profile, profile
@@ -169,7 +170,9 @@ def _block(question: Question, cells: list[Cell], order: Order, *, number: int) 
         counted = profile(*sizes, recomputes=recomputes)
         seconds = _seconds(question, cells, order, counted, partition)
         alike = [mode for mode in modes if (mode in RECOMPUTING_MODES) == recomputes]
-        priced[recomputes] = seconds, _num_bytes(question, cells, order, counted, partition, alike)
+        num_bytes, taken = _num_bytes(question, cells, order, counted, partition, alike)
+        seconds = seconds + fresh_seconds(question.platform, question.num_devices, taken)
+        priced[recomputes] = seconds, num_bytes
     some = next(iter(priced.values()))
     seconds, num_bytes = np.where(recomputing, priced.get(True, some), priced.get(False, some))
     shape = (len(cells), len(modes), len(placed))
@@ -242,11 +245,12 @@ def _on_shared_cores(question: Question, cells: list[Cell], work: np.ndarray, ki
 
 def _num_bytes(
     question: Question, cells: list[Cell], order: Order, counted: Profile, partition: tuple[int, ...], modes
-) -> np.ndarray:
-    """Bytes that a device needs in some memory modes, `[cells, modes, vocabularies]`; 0 in others."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes that a device needs, and that a step takes, `[cells, modes, vocabularies]`; 0 in other modes."""
     pipe, number = cells[0].mesh.pipe, cells[0].num_microbatches
     placed = vocabularies(question, pipe)
     num_bytes = np.zeros((len(cells), len(memory_modes(question)), len(placed)))
+    taken = np.zeros_like(num_bytes)
     options = dict(backend=memory_backend(question), reserve_bytes=question.platform.device.reserve_bytes)
     straight = pipe == 1 and is_straight(order.schedule, number, order.asked_chunks)
     for place in np.ndindex(num_bytes.shape):
@@ -264,8 +268,9 @@ def _num_bytes(
             overlap=order.overlap,
             is_straight=straight,
         )
-        num_bytes[place] = rank_memory(question.model, layout, **options).total
-    return num_bytes
+        memory = rank_memory(question.model, layout, **options)
+        num_bytes[place], taken[place] = memory.total, memory.taken
+    return num_bytes, taken
 
 
 @lru_cache(maxsize=1024)

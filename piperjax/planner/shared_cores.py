@@ -7,6 +7,7 @@ are those of everybody already. All devices of the mesh are taken to be on one h
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from meshes.platform import Platform
 from piperjax.planner.plan import Plan
@@ -41,6 +42,15 @@ def on_shared_cores(
     return shared | {"bubble": max(0.0, sum(parts.values()) - sum(shared.values()))}
 
 
-def at_once(platform: Platform, total_seconds: float) -> float:
-    """Seconds that the cores of a host need for the work of all its devices."""
-    return float(platform.device.together_seconds(0.0, total_seconds))
+def fresh_seconds(platform: Platform, num_devices: int, taken_bytes: Any) -> Any:
+    """Seconds of the first touch of memory that a step takes on every device; numbers or arrays.
+
+    An operating system hands memory out page by page, when it is first written, and clears it.
+    """
+    rate = platform.device.fresh_bytes_per_second
+    return 0.0 * taken_bytes if rate is None else at_once(platform, num_devices * taken_bytes / rate)
+
+
+def at_once(platform: Platform, total_seconds: Any) -> Any:
+    """Seconds that the cores of a host need for the work of all its devices; numbers or arrays."""
+    return platform.device.together_seconds(0.0, total_seconds)

@@ -15,9 +15,10 @@ from meshes.platform import Platform
 from models import cost
 from models.config import ModelConfig, MoEFFN
 from piperjax.planner.layer_time import LayerSeconds, layer_seconds
+from piperjax.planner.memory import estimate_memory
 from piperjax.planner.network import Rows, all_reduce, axis_group, dispatch_transfer, permute
 from piperjax.planner.plan import Plan
-from piperjax.planner.shared_cores import at_once, on_shared_cores
+from piperjax.planner.shared_cores import at_once, fresh_seconds, on_shared_cores
 from piperjax.planner.step_end import itemsize_of, step_end_seconds
 from piperjax.planner.work import FLOAT32_BYTES, layer_work
 from piperjax.schedules.timeline import ActionCosts, Timeline, lockstep, simulate
@@ -229,6 +230,8 @@ def estimate_time(
         )
         parts = on_shared_cores(parts, plan, platform, costs, head_exchange=exchange)
         optimizer = at_once(platform, plan.num_devices * optimizer)
+        taken = max(rank.taken for rank in estimate_memory(model, plan, dtype=dtype, backend="cpu"))
+        parts["fresh_memory"] = float(fresh_seconds(platform, plan.num_devices, taken))
     parts |= {"gradient_reduction": reduction, "optimizer": optimizer}
     step = sum(parts.values())
     notes = _notes(model, plan, platform, imbalance, rows)

@@ -62,6 +62,7 @@ class Shapes:
       stream_bytes: of the arrays that elementwise work reads.
       working_bytes: of all arrays between which it alternates, on one device; more than caches hold.
       copy_bytes: of the arrays that are copied to a device and back.
+      fresh_bytes: of the arrays for which a program takes memory.
       dtypes: of products and attention; the first one gets all shapes, others every third.
     """
 
@@ -71,6 +72,7 @@ class Shapes:
     working_bytes: int
     copy_bytes: tuple[int, ...]
     dtypes: tuple[str, ...]
+    fresh_bytes: tuple[int, ...] = ()
 
 
 def shapes_for(backend: str, *, quick: bool) -> Shapes:
@@ -122,6 +124,7 @@ _CPU = Shapes(
     working_bytes=2**25,
     copy_bytes=(2**20, 2**23, 2**16, 2**26),
     dtypes=("float32", "bfloat16"),
+    fresh_bytes=(2**26,),
 )
 
 _GPU = Shapes(
@@ -184,6 +187,8 @@ def compute_tasks(shapes: Shapes, stopwatch: Stopwatch, devices: Sequence[jax.De
         yield Task(
             "streams", f"elementwise, {size:,} bytes", lambda a=size: bench.stream(a, shapes.working_bytes)
         )
+    for size in shapes.fresh_bytes:
+        yield Task("fresh", f"memory taken, {size:,} bytes", lambda a=size: bench.fresh(a))
     for size in shapes.copy_bytes:
         yield Task("copies", f"copies, {size:,} bytes", lambda a=size: bench.copy(a))
 
@@ -255,6 +260,18 @@ class _Bench:
         shape = (arrays, rows, STREAM_WIDTH)
         seconds = self._seconds(lambda stack: lax.map(normalise, stack), [(shape, "float32")], self.devices)
         return [BytesSample(2.0 * 4 * rows * STREAM_WIDTH, seconds / arrays)]
+
+    def fresh(self, num_bytes: int) -> list[BytesSample]:
+        """Writes a result for which every call takes memory, on all devices at once."""
+        x = operand(line_of(self.devices), (1,))
+        shape = (len(self.devices), max(1, num_bytes // 4))
+        fill = jax.jit(lambda x: jnp.broadcast_to(x, shape), out_shardings=x.sharding)
+        taken = []
+        for _ in range(2 * self.stopwatch.repeats + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(fill(x))  # and given back
+            taken.append(time.perf_counter() - start)
+        return [BytesSample(4.0 * shape[1], statistics.median(taken[1:]))]
 
     def copy(self, num_bytes: int) -> list[BytesSample]:
         """To a device and back, half of the time each."""

@@ -6,6 +6,7 @@ import pytest
 
 from meshes.platform import load_platform
 from models.presets import preset
+from piperjax.planner.memory import estimate_memory
 from piperjax.planner.plan import default_plan
 from piperjax.planner.timing import action_costs, estimate_time
 
@@ -60,3 +61,12 @@ def test_a_head_on_one_rank_is_computed_once_and_a_split_one_in_parts():
     """The same work in all, but for exchanges and the fall-off of skinny products."""
     whole, split = (estimate(plan_for(vocabulary=v), sharing(1.0)).parts["head"] for v in ("whole", "split"))
     assert whole == pytest.approx(split, rel=0.3)
+
+
+def test_memory_that_a_step_takes_is_touched_at_its_rate_on_all_devices():
+    plan = plan_for()
+    device = dataclasses.replace(CPU8.device, concurrent_devices=1.0, fresh_bytes_per_second=2e9)
+    taken = estimate_memory(preset("small"), plan, dtype="float32", backend="cpu")[0].taken
+    found = estimate(plan, dataclasses.replace(CPU8, device=device))
+    assert found.parts["fresh_memory"] == pytest.approx(8 * taken / 2e9)
+    assert estimate(plan, sharing(1.0)).parts["fresh_memory"] == 0

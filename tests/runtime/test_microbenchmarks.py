@@ -17,6 +17,7 @@ SHAPES = Shapes(
     working_bytes=2**12,
     copy_bytes=(2**10,),
     dtypes=("float32", "bfloat16"),
+    fresh_bytes=(2**12,),
 )
 
 
@@ -61,6 +62,7 @@ def test_every_task_gives_its_samples():
         "attention",
         "alone",
         "streams",
+        "fresh",
         "copies",
     }
     assert min(fields["call_seconds"] + fields["launch_seconds"]) > 0
