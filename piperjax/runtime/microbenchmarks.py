@@ -4,6 +4,7 @@ All devices of a process work at once, as they do in training; some shapes are a
 tells whether devices share their cores. Each benchmark is a `Task`, so that a command can show its progress.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ from piperjax.runtime.stopwatch import Body, Stopwatch, line_of, looped, operand
 
 # Operations of a round when the cost of a single one is measured.
 CHAIN = 16
+# Sets of operands between which products alternate, at most.
+MOST_OPERANDS = 64
 # Features of a row that elementwise work goes through.
 STREAM_WIDTH = 256
 
@@ -173,7 +176,9 @@ def compute_tasks(shapes: Shapes, stopwatch: Stopwatch, devices: Sequence[jax.De
                 label = (
                     f"{dtype} {'experts' if layer.groups else 'dense'} {'x'.join(map(str, layer[:3]))} {part}"
                 )
-                yield Task("products", label, lambda a=(layer, part, dtype): bench.product(*a))
+                yield Task(
+                    "products", label, lambda a=(layer, part, dtype): bench.product(*a, shapes.working_bytes)
+                )
         for heads in shapes.heads[:: 1 if at == 0 else 3]:
             label = f"{dtype} attention of {heads.seq_len} x {heads.head_dim}"
             yield Task("attention", label, lambda a=(heads, dtype): bench.attention(*a))
@@ -213,10 +218,19 @@ class _Bench:
 
         return self.stopwatch.seconds(looped(body, mesh), operand(mesh, (256,)), operations=CHAIN)
 
-    def product(self, layer: Layer, part: str, dtype: str) -> list[ProductSample]:
-        """One product, in the shape that rates are stated for: rows, columns, depth."""
+    def product(self, layer: Layer, part: str, dtype: str, working_bytes: int) -> list[ProductSample]:
+        """One product, in the shape that rates are stated for: rows, columns, depth.
+
+        Each has its own operands, as every layer has its own weights; those of one alone would stay in a cache.
+        """
         body, operands, (m, n, k) = _product(layer, part, dtype)
-        seconds = self._seconds(body, operands, self.devices)
+        size = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in operands)
+        number = min(MOST_OPERANDS, max(1, working_bytes // size))
+        stacked = [((number, *shape), dtype) for shape, dtype in operands]
+        seconds = self._seconds(
+            lambda *stacks: lax.map(lambda arrays: body(*arrays), stacks), stacked, self.devices
+        )
+        seconds /= number
         return [ProductSample(m, n, k, layer.groups, dtype, part == "weight gradient", seconds)]
 
     def alone(self, layer: Layer) -> list[tuple[float, float]]:
