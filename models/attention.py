@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.block_attention import attend_in_blocks, query_block
 from models.config import GroupedQueryAttention
 from models.layers import LayerContext, at_least_float32, parameter, rms_norm, rotary
 
@@ -49,6 +50,20 @@ def causal_mask(segment_ids: jax.Array) -> jax.Array:
     return same_segment & (order[None, :, None] >= order[None, None, :])
 
 
+def causal_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """Returns causal attention within documents: `attend` for short sequences, in blocks of queries for long ones.
+
+    `query` is [B, S, N, H], `key` and `value` [B, S, K, H], `segment_ids` [B, S]. Returns [B, S, N, H].
+    """
+    seq_len = query.shape[1]
+    block = query_block(seq_len)
+    if block == seq_len:
+        return attend(query, key, value, causal_mask(segment_ids))
+    return attend_in_blocks(query, key, value, segment_ids, block)
+
+
 class Attention(nnx.Module):
     """Projections, optional biases and norms of query and key, rotary, attention: [B, S, D] -> [B, S, D]."""
 
@@ -86,7 +101,7 @@ class Attention(nnx.Module):
             key = self._norm(key, self.key_norm[...])
         query = rotary(query, context.positions, self.config.rope_theta)
         key = rotary(key, context.positions, self.config.rope_theta)
-        y = attend(query, key, value, causal_mask(context.segment_ids))
+        y = causal_attention(query, key, value, context.segment_ids)
         y = jnp.einsum("bsnh,nhd->bsd", y, self.output[...])
         return y + self.output_bias[...][None, None] if self.config.bias == "all" else y
 

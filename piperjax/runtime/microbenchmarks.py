@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from models.attention import attend, causal_mask
+from models.attention import causal_attention
 from piperjax.planner.calibration import AttentionSample, BytesSample, ProductSample
 from piperjax.runtime.grouped_matmul import grouped_matmul
 from piperjax.runtime.stopwatch import Body, Stopwatch, line_of, looped, operand
@@ -242,10 +242,10 @@ class _Bench:
     def attention(self, heads: Heads, dtype: str) -> list[AttentionSample]:
         B, S, N, H = heads
         K = max(1, N // 4)
-        mask = causal_mask(jnp.zeros((B, S), jnp.int32))
+        segment_ids = jnp.zeros((B, S), jnp.int32)
 
         def forward(query, key, value):
-            return attend(query, key, value, mask)
+            return causal_attention(query, key, value, segment_ids)
 
         def both(query, key, value, dy):
             return sum(jnp.sum(part) for part in jax.vjp(forward, query, key, value)[1](dy))

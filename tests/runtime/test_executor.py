@@ -270,6 +270,16 @@ def test_tables_of_few_microbatches_equal_one_device(schedule, pipe):
     check_schedule(schedule, "products", pipe=pipe, data=1, M=4)
 
 
+@pytest.mark.parametrize(("schedule", "mode"), [("one_f_one_b", "layer"), ("zb_h1", "stash")])
+def test_attention_in_blocks_equals_one_device(monkeypatch, schedule, mode):
+    config = model()
+    reference(config, 4)  # with all weights at once
+    for name, size in (("LONGEST_WHOLE", 2), ("SMALLEST_BLOCK", 2), ("LARGEST_BLOCK", SEQ_LEN // 2)):
+        monkeypatch.setattr(f"models.block_attention.{name}", size)
+    plan = plan_for(config, schedule=schedule, pipe=2, expert=2, data=1, M=4, memory_mode=mode)
+    check_equal(config, plan, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("schedule", ["zb_h1", "zb_v", "interleaved"])
 def test_schedules_evaluate_over_their_own_placement(schedule):
     stages = 2 * registry.chunks_of(schedule)
