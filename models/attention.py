@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.block_attention import attend_in_blocks, query_block
+from models.block_attention import attend_in_blocks
 from models.config import GroupedQueryAttention
 from models.layers import LayerContext, at_least_float32, parameter, rms_norm, rotary
+from models.query_blocks import query_block
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
@@ -50,9 +51,7 @@ def causal_mask(segment_ids: jax.Array) -> jax.Array:
     return same_segment & (order[None, :, None] >= order[None, None, :])
 
 
-def causal_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
-) -> jax.Array:
+def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Returns causal attention within documents: `attend` for short sequences, in blocks of queries for long ones.
 
     `query` is [B, S, N, H], `key` and `value` [B, S, K, H], `segment_ids` [B, S]. Returns [B, S, N, H].

@@ -14,22 +14,6 @@ from jax import lax
 
 from models.layers import at_least_float32
 
-# Sequences up to this length are faster with all their weights at once.
-LONGEST_WHOLE = 1024
-LARGEST_BLOCK = 512
-SMALLEST_BLOCK = 64
-
-
-def query_block(seq_len: int) -> int:
-    """Queries that are worked on together: all of a short sequence, else the largest divisor up to 512.
-
-    A length without a divisor between 64 and 512 is taken whole.
-    """
-    if seq_len <= LONGEST_WHOLE:
-        return seq_len
-    fits = [size for size in range(SMALLEST_BLOCK, LARGEST_BLOCK + 1) if seq_len % size == 0]
-    return max(fits, default=seq_len)
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend_in_blocks(
@@ -88,9 +72,7 @@ def _backward(block: int, residuals, y_grad):
         log_normaliser,
     )
     (key_grad, value_grad), query_grad = lax.scan(one, start, operands)
-    restored = (
-        g.transpose(0, 2, 1, 3).astype(h.dtype) for g, h in ((key_grad, key), (value_grad, value))
-    )
+    restored = (g.transpose(0, 2, 1, 3).astype(h.dtype) for g, h in ((key_grad, key), (value_grad, value)))
     return _joined(query_grad, query.shape), *restored, None
 
 
@@ -113,9 +95,7 @@ def _logits(rows, key, segments, all_segments, first):
 def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """A product in the operands' precision, summed in at least float32."""
     preset = lax.DotAlgorithmPreset.BF16_BF16_F32 if a.dtype == jnp.bfloat16 else None
-    return jnp.einsum(
-        subscripts, a, b, precision=preset, preferred_element_type=at_least_float32(a.dtype)
-    )
+    return jnp.einsum(subscripts, a, b, precision=preset, preferred_element_type=at_least_float32(a.dtype))
 
 
 def _blocks(query, K: int, segment_ids, block: int):
@@ -135,8 +115,7 @@ def _rows(x, K: int, block: int):
 
 def _joined(blocks, shape: tuple[int, ...]):
     """The inverse of `_rows`."""
-    B, S, N, H = shape
-    number, _, K, rows, _ = blocks.shape
-    block = S // number
+    number, B, K, rows, H = blocks.shape
+    block = shape[1] // number
     x = blocks.reshape(number, B, K, rows // block, block, H).transpose(1, 0, 4, 2, 3, 5)
     return x.reshape(shape)

@@ -18,6 +18,7 @@ PURE = (
     "models/config.py",
     "models/presets.py",
     "models/cost.py",
+    "models/query_blocks.py",
     "meshes/axes.py",
     "meshes/device.py",
     "meshes/fields.py",

@@ -2,6 +2,7 @@
 
 from models import cost
 from models.config import DenseFFN, LayerConfig, ModelConfig, MoEFFN
+from models.query_blocks import query_block
 from piperjax.planner.plan import Plan
 
 
@@ -9,7 +10,8 @@ def executed_flop(model: ModelConfig, plan: Plan) -> float:
     """FLOP of matrix products per device and step, on average over the devices.
 
     Useful work is `cost.flop_per_token(...).step`. Beyond it our layers compute all S^2 attention scores, not the
-    causal half, and run again what a memory mode does not keep.
+    causal half, and run again what a memory mode does not keep. Long sequences, whose attention works on a block of
+    queries at a time, compute the scores once more in backward.
     """
     tokens = plan.batch_size * plan.seq_len
     layers = sum(_layer(model, layer, plan) for layer in model.layers)
@@ -23,10 +25,11 @@ def _layer(model: ModelConfig, layer: LayerConfig, plan: Plan) -> float:
     """FLOP of all passes of a layer per token."""
     flop = cost.layer_flop(model, layer, plan.seq_len)
     forward = flop.total + flop.attention_scores
+    again = flop.attention_scores if query_block(plan.seq_len) < plan.seq_len else 0
     if plan.memory_mode == "stash":
-        return 3 * forward
+        return 3 * forward + again
     if plan.memory_mode == "products":
-        return 3 * forward + 2 * flop.attention_scores
+        return 3 * forward + 2 * flop.attention_scores + again
     # What a layer adds to the residual stream last is not needed again, but for the gradient of the gates.
     ffn, last = layer.ffn, 0
     if isinstance(ffn, DenseFFN):
@@ -37,4 +40,4 @@ def _layer(model: ModelConfig, layer: LayerConfig, plan: Plan) -> float:
         if plan.memory_mode == "named":
             last += 2 * model.d_model * ffn.d_ff * ffn.experts_per_token
     stage = forward if plan.memory_mode == "stage" else 0
-    return 4 * forward - last + stage
+    return 4 * forward - last + stage + again

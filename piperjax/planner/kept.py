@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from models.config import DenseFFN, GroupedQueryAttention, LatentAttention, LayerConfig, MoEFFN
+from models.query_blocks import query_block
 from piperjax.planner.storage import itemsize_of, wide_itemsize
 
 INDEX = 4  # Bytes of an int32.
@@ -151,7 +152,8 @@ def _attention_stash(attention: GroupedQueryAttention | LatentAttention, share: 
     T, S, w, W, N = share.tokens, share.seq_len, share.itemsize, share.wide, attention.num_heads
     widths = attention_widths(attention)
     # Weights of the softmax before and after they are rounded, which is the same without rounding.
-    scores = T * S * N * (W + (w if w != W else 0))
+    in_blocks = query_block(S) < S
+    scores = 0 if in_blocks else T * S * N * (W + (w if w != W else 0))
     heads = T * w * (widths.query + widths.key + widths.value + widths.output)
     sums = T * W * (widths.output + 2 * N)
     normed = widths.latents

@@ -2,7 +2,8 @@
 
 Phases follow one another, so the largest counts. What is alive at once in each was read off XLA's buffer assignment
 (`--xla_dump_to`) for simulated devices. There ("cpu"), products in bfloat16 run in float32, what a loop reads in every
-turn is converted once before it, and attention writes its S^2 scores. On GPUs our attention writes them too.
+turn is converted once before it, and attention writes its scores, S^2 of them or those of a block of queries. On GPUs
+our attention writes them too.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from models.config import DenseFFN, LayerConfig
+from models.query_blocks import query_block
 from piperjax.planner.kept import Share, attention_widths, tap_bytes
 from piperjax.planner.storage import LayerWeights
 
@@ -17,6 +19,8 @@ from piperjax.planner.storage import LayerWeights
 SLACK = 1.02
 # Part of a block that is lost where blocks of another size were before.
 GAP = 0.6
+# Arrays as large as the scores of one block of queries that its backward has at once: scores, weights, both gradients.
+SCORES_OF_A_BLOCK = 4
 
 
 class Phase(NamedTuple):
@@ -74,7 +78,9 @@ def layer_backward(
     T, W = share.tokens, share.wide
     widths = attention_widths(layer.attention)
     heads = widths.query + widths.key + widths.value + widths.output
-    of_scores = share.sequences * layer.attention.num_heads * share.seq_len**2 * W
+    block = query_block(share.seq_len)
+    of_scores = share.sequences * layer.attention.num_heads * share.seq_len * block * W
+    in_blocks = block < share.seq_len
     # The layer's slice of the weights; its gradient; the accumulator's slice that the gradient is added to.
     copies = 1 if splits else 3
     if weights.held == 1 and not splits:  # Both slices are all there is, and are read in place.
@@ -88,7 +94,8 @@ def layer_backward(
         of_weights += (1 + (1 if backend.is_widened else 2) * up / (up + 1)) * weights.ffn * w
     if isinstance(layer.ffn, DenseFFN):
         hidden = T * layer.ffn.d_ff * w * (up + 3 if backend.is_widened else up + 2)
-        return Phase(workspace=of_weights + beside + hidden + 2 * of_scores)
+        num_scores = SCORES_OF_A_BLOCK if in_blocks else 2
+        return Phase(workspace=of_weights + beside + hidden + num_scores * of_scores)
     ffn = layer.ffn
     R = share.rows(ffn)
     shared = T * w * (up + 3) * (ffn.shared_d_ff + ffn.dense_residual_d_ff)
@@ -98,11 +105,16 @@ def layer_backward(
         hidden, rows, num_scores = R * widths * ffn.d_ff, R * d_model * (2 * w + 2 * share.itemsize), 2
     else:
         hidden, rows, num_scores = R * w * (up + 2 + up) * ffn.d_ff, 4 * R * d_model * w, 1
+    if in_blocks:  # No weights of the softmax wait for their backward.
+        num_scores = 0
     experts = Phase(dispatch=rows, workspace=of_weights + beside + shared + hidden + num_scores * of_scores)
     # Backward of attention: the experts' results are gone, what they were made from waits for the next kernel.
     attention = Phase(
         dispatch=2 * R * d_model * w,
-        workspace=of_weights + beside + R * w * (up + 1) * ffn.d_ff + 2.1 * of_scores,
+        workspace=of_weights
+        + beside
+        + R * w * (up + 1) * ffn.d_ff
+        + (SCORES_OF_A_BLOCK if in_blocks else 2.1) * of_scores,
     )
     # Blocks larger than the experts' hidden rows leave gaps where these were.
     largest = max(of_scores, R * d_model * w)

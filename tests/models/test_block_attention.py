@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models.attention import attend, causal_mask
-from models.block_attention import LONGEST_WHOLE, attend_in_blocks, query_block
+from models.block_attention import attend_in_blocks
 
 B, S, N, K, H = 2, 48, 4, 2, 8
 
@@ -38,14 +38,6 @@ def test_float64_keeps_its_precision():
         y, pull = jax.vjp(lambda *qkv: attend_in_blocks(*qkv, segments, 12), *heads)
         for got, want in zip((y, *pull(y_grad)), (expected, *expected_pull(y_grad)), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)
-
-
-def test_blocks_divide_long_sequences():
-    assert query_block(128) == 128
-    assert query_block(LONGEST_WHOLE) == LONGEST_WHOLE
-    assert query_block(2048) == query_block(4096) == 512
-    assert query_block(1536) == 512
-    assert query_block(1538) == 1538, "no divisor from 64 to 512: taken whole"
 
 
 def test_no_array_has_a_row_of_keys_for_every_query():

@@ -275,7 +275,7 @@ def test_attention_in_blocks_equals_one_device(monkeypatch, schedule, mode):
     config = model()
     reference(config, 4)  # with all weights at once
     for name, size in (("LONGEST_WHOLE", 2), ("SMALLEST_BLOCK", 2), ("LARGEST_BLOCK", SEQ_LEN // 2)):
-        monkeypatch.setattr(f"models.block_attention.{name}", size)
+        monkeypatch.setattr(f"models.query_blocks.{name}", size)
     plan = plan_for(config, schedule=schedule, pipe=2, expert=2, data=1, M=4, memory_mode=mode)
     check_equal(config, plan, tolerance=1e-5)
 

@@ -1,0 +1,17 @@
+"""This file is how many queries attention works on at once, which both the program and its price depend on."""
+
+# Sequences up to this length are faster with all their weights at once.
+LONGEST_WHOLE = 1024
+LARGEST_BLOCK = 512
+SMALLEST_BLOCK = 64
+
+
+def query_block(seq_len: int) -> int:
+    """Queries that are worked on together: all of a short sequence, else the largest divisor up to 512.
+
+    A length without a divisor between 64 and 512 is taken whole.
+    """
+    if seq_len <= LONGEST_WHOLE:
+        return seq_len
+    fits = [size for size in range(SMALLEST_BLOCK, LARGEST_BLOCK + 1) if seq_len % size == 0]
+    return max(fits, default=seq_len)
