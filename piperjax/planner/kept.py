@@ -155,7 +155,8 @@ def _attention_stash(attention: GroupedQueryAttention | LatentAttention, share: 
     in_blocks = query_block(S) < S
     scores = 0 if in_blocks else T * S * N * (W + (w if w != W else 0))
     heads = T * w * (widths.query + widths.key + widths.value + widths.output)
-    sums = T * W * (widths.output + 2 * N)
+    # In blocks the logarithm of the normaliser is kept, else it, the largest logit and the sum before division.
+    sums = T * W * N if in_blocks else T * W * (widths.output + 2 * N)
     normed = widths.latents
     extra = 4 if normed else 0
     if isinstance(attention, GroupedQueryAttention) and attention.qk_norm != "none":
@@ -189,9 +190,9 @@ def tap_bytes(d_model: int, layer: LayerConfig, share: Share, memory_mode: str) 
     # Where sums in float32 are kept, they serve instead of what is rounded from them.
     widened = T * (share.wide - w) * D if by_products else 0
     if by_products:
-        attention += (
-            T * (share.wide - w) * widths.output + T * share.wide * layer.attention.num_heads + widened
-        )
+        attention += widened
+        if query_block(share.seq_len) == share.seq_len:
+            attention += T * (share.wide - w) * widths.output + T * share.wide * layer.attention.num_heads
     hidden = 1 if memory_mode == "stash" else 2
     if isinstance(ffn, DenseFFN):
         return attention + widened + T * w * _ffn_taps(D, ffn.d_ff, ffn.num_matrices, hidden)

@@ -94,7 +94,6 @@ def test_bytes_are_those_of_the_traced_passes(monkeypatch, name, memory_mode):
 def test_bytes_with_attention_in_blocks(monkeypatch, memory_mode):
     for name, size in (("LONGEST_WHOLE", 12), ("SMALLEST_BLOCK", 4), ("LARGEST_BLOCK", 12)):
         monkeypatch.setattr(f"models.query_blocks.{name}", size)
-    kept_bytes.cache_clear() if hasattr(kept_bytes, "cache_clear") else None
     check(monkeypatch, "head norm", memory_mode, CASES[0])
 
 
