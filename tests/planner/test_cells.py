@@ -7,6 +7,7 @@ from meshes.platform import load_platform
 from models.presets import preset
 from piperjax.planner.candidates import MEMORY_MODES, Mesh, Question
 from piperjax.planner.cells import groups, memory_backend
+from piperjax.planner.kept import kept_bytes
 from piperjax.planner.network import DISPATCHERS
 
 FRONTIER = load_platform("frontier")
@@ -30,7 +31,13 @@ def test_cells_are_grouped_by_ranks_and_microbatches():
 def test_more_is_kept_and_less_is_recomputed_mode_by_mode():
     ((cell,),) = groups(asked(wished={"num_microbatches": 4}), [Mesh(2, 4, 8)])
     assert cell.layers.shape == (len(MEMORY_MODES), 2, 6)
-    assert np.all(np.diff(cell.kept, axis=0) >= 0)
+    question = asked()
+    layers = question.model.kinds.values()
+    kept = [
+        [kept_bytes(question.model.d_model, layer, cell.share, mode) for layer in layers]
+        for mode in MEMORY_MODES
+    ]
+    assert np.all(np.diff(kept, axis=0) >= 0)
     backward = cell.layers[..., 1]
     # Keeping everything computes nothing again, but reads all that it kept.
     assert np.all(np.diff(backward[:-1], axis=0) <= 0)

@@ -18,9 +18,11 @@ def backward(kind, *, splits=False, widens=True, dtype="float32", **share):
     return workspace.layer_backward(TINY.d_model, layer, STORED.layers[kind], backend, splits=splits)
 
 
-def test_attention_without_fusion_is_quadratic_in_the_sequence():
-    small, large = (backward("dense", seq_len=seq_len).total for seq_len in (8192, 16384))
-    assert 3.5 < large / small < 4
+def test_scores_of_attention_are_quadratic_up_to_the_longest_whole_sequence_and_linear_beyond():
+    lengths = (256, 512, 1024, 2048, 4096)
+    shortest, short, whole, long, longest = (backward("dense", seq_len=S).total for S in lengths)
+    assert (whole - short) / (short - shortest) > 3
+    assert 1.9 < longest / long < 2
 
 
 def test_rows_of_dispatch_follow_the_devices_that_share_experts():
