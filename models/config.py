@@ -285,6 +285,24 @@ class ModelConfig:
         """Experts per token of every MoE layer, 0 without MoE layers."""
         return next((ffn.experts_per_token for ffn in self._moe_ffns()), 0)
 
+    def check_trainable(self) -> None:
+        """Refuses what can be described and priced, but has no layer yet.
+
+        Raises:
+          ValueError: if the model has latent attention or prediction layers.
+        """
+        for layer in self.layers:
+            if not isinstance(layer.attention, GroupedQueryAttention):
+                raise ValueError(
+                    f"model '{self.name}' uses {type(layer.attention).__name__}, which can be planned but not yet "
+                    "trained; choose a model with GroupedQueryAttention"
+                )
+        if self.prediction_layers:
+            raise ValueError(
+                f"model '{self.name}' has {self.prediction_layers} prediction_layers, which can be planned but not yet "
+                "trained; set prediction_layers to 0"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON value; runs of equal layers are written once with their "repeat"."""
         value = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}

@@ -20,7 +20,7 @@ from flax import nnx
 
 from models import initial
 from models.attention import Attention
-from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
+from models.config import DenseFFN, LayerConfig, ModelConfig, MoEFFN
 from models.layers import ExpertFFN, FeedForward, LayerContext, at_least_float32, parameter, rms_norm
 from models.moe import MixtureOfExperts, Stats
 
@@ -83,16 +83,7 @@ def _declared(config: ModelConfig, kind: str) -> tuple[nnx.GraphDef, Params]:
     """Returns the structure of a layer and its nested dict of ShapeDtypeStruct; allocates nothing."""
     config.layers_of_kind(kind)  # names the kinds there are when this one is not among them
     layer = config.kinds[kind]
-    if not isinstance(layer.attention, GroupedQueryAttention):
-        raise ValueError(
-            f"model '{config.name}' uses {type(layer.attention).__name__}, which can be planned but not yet "
-            "trained; choose a model with GroupedQueryAttention"
-        )
-    if config.prediction_layers:
-        raise ValueError(
-            f"model '{config.name}' has {config.prediction_layers} prediction_layers, which can be planned but not yet "
-            "trained; set prediction_layers to 0"
-        )
+    config.check_trainable()
     graph, state = nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, layer)))
     return graph, nnx.to_pure_dict(state)
 

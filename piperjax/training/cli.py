@@ -221,6 +221,7 @@ def run(args: argparse.Namespace) -> int:
     requested_sizes(args)
     plan_file = None if args.plan is None else read_plan_file(args.plan)
     config = configuration(args, tree, plan_file)
+    config.model.check_trainable()
 
     from meshes.mesh import simulate_devices
     from piperjax.training import distributed
