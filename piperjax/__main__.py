@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from piperjax.planner import network_table, plan_command
+from piperjax.planner import network_command, plan_command
 from piperjax.schedules import show
 from piperjax.training import measure
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawing = commands.add_parser("show", help="draw a pipeline schedule as text, or as SVG with --svg")
     show.add_arguments(drawing)
     simulation = commands.add_parser("simulate", help="all-to-alls on a machine: flat, halo2 and halo3")
-    network_table.add_arguments(simulation)
+    network_command.add_arguments(simulation)
     measurement = commands.add_parser("measure", help="time the devices at hand and write a platform file")
     measure.add_arguments(measurement)
     _add_compile(commands)

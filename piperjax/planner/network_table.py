@@ -1,12 +1,10 @@
-"""This file is `python -m piperjax simulate`: flat and hierarchical all-to-alls on a machine, by size and nodes."""
+"""This file is the table of `python -m piperjax simulate`: all-to-alls on a machine, by size and nodes."""
 
-import argparse
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from meshes.platform import Platform, known_platforms, load_platform
+from meshes.platform import Platform
 from piperjax.planner.collectives import all_to_all
 from piperjax.planner.locality import Group
 from piperjax.planner.network_simulation import num_messages, simulate_all_to_all
@@ -15,10 +13,6 @@ from piperjax.planner.routing import expected_nodes
 # A simulation of this many messages takes a few seconds and 2 GB; beyond, the closed form answers.
 MOST_MESSAGES = 5_000_000
 CHUNKS = (1, 4)
-ALPHA_FACTORS = (0.25, 1.0, 4.0)
-
-_BYTES = {"": 1, "B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_SECONDS = {"": 1, "s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 
 class Row(NamedTuple):
@@ -37,58 +31,6 @@ class Row(NamedTuple):
     seconds: dict[str, float]
     closed: tuple[str, ...]
     speedups: tuple[float, ...]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
-    parser.add_argument("what", choices=("alltoall",), help="what to simulate")
-    parser.add_argument(
-        "--platform", default="frontier", help=f"{', '.join(known_platforms())}, or a .toml file"
-    )
-    parser.add_argument(
-        "--nodes",
-        default="2,4,8,16,32,64,128",
-        metavar="N,N",
-        help="nodes that take part, all devices of each",
-    )
-    parser.add_argument(
-        "--bytes",
-        default="1MB,8MB,64MB",
-        metavar="S,S",
-        help="bytes that a device sends in all, such as 8MB,64MiB",
-    )
-    parser.add_argument(
-        "--alpha",
-        metavar="T,T",
-        help="costs of a further message between nodes to compare, such as 5us,15us; the first makes the table "
-        "(default: the platform's, a quarter and four times of it)",
-    )
-    parser.add_argument(
-        "--experts", metavar="E,K", help="also de-duplicate tokens that take K of E experts, such as 256,8"
-    )
-    parser.set_defaults(run=main)
-
-
-def main(args: argparse.Namespace) -> int:
-    """Prints the table; returns the exit code.
-
-    Raises:
-      ValueError: if a flag is wrong.
-    """
-    platform = load_platform(args.platform)
-    sizes = [_quantity("--bytes", text, _BYTES) for text in args.bytes.split(",")]
-    nodes = [int(_quantity("--nodes", text, {"": 1})) for text in args.nodes.split(",")]
-    alphas = _alphas(platform, args.alpha)
-    experts = None
-    if args.experts:
-        experts = tuple(int(_quantity("--experts", text, {"": 1})) for text in args.experts.split(","))
-        if len(experts) != 2:
-            raise ValueError(
-                f"--experts takes two numbers, experts and experts per token, got {args.experts!r}"
-            )
-    rows = [table_row(platform, size, n, alphas, experts=experts) for size in sizes for n in nodes]
-    print(report(platform, rows, alphas))
-    return 0
 
 
 def table_row(
@@ -136,18 +78,18 @@ def report(platform: Platform, rows: Sequence[Row], alphas: Sequence[float]) -> 
         name for name in ("flat", "halo2", "halo3", "halo2_dedup") if any(name in row.seconds for row in rows)
     ]
     columns = "".join(f"{name:>12s}" if name == "flat" else f"{name:>19s}" for name in names)
-    costs = "".join(f"{_time(alpha):>10s}" for alpha in alphas)
+    costs = "".join(f"{show_seconds(alpha):>10s}" for alpha in alphas)
     title = f"all-to-all on {platform.name}, {platform.devices_per_node} devices a node"
     lines = [
         f"{title}: simulated, not a measurement and not a reproduction of one",
-        f"milliseconds and speed-up over flat; a further message between nodes costs {_time(alphas[0])}",
+        f"milliseconds and speed-up over flat; a further message between nodes costs {show_seconds(alphas[0])}",
         f"{'':21s}{'':{len(columns)}s}   best speed-up if it costs",
         f"{'bytes a device':>14s}{'nodes':>7s}{columns}{costs}",
     ]
     for row in rows:
         cells = "".join(_cell(row, name) for name in names)
         best = "".join(f"{speedup:9.2f}x" for speedup in row.speedups)
-        lines.append(f"{_size(row.num_bytes):>14s}{row.num_nodes:7d}{cells}{best}")
+        lines.append(f"{show_bytes(row.num_bytes):>14s}{row.num_nodes:7d}{cells}{best}")
     return "\n".join([*lines, *_footnotes(rows, names)])
 
 
@@ -204,37 +146,14 @@ _ALGORITHMS: dict[str, Callable[[Platform, float, int], float]] = {
 }
 
 
-def _alphas(platform: Platform, text: str | None) -> list[float]:
-    if text:
-        return [_quantity("--alpha", part, _SECONDS) for part in text.split(",")]
-    outside = [link for link in platform.links if link.devices > platform.devices_per_node]
-    if not outside or not outside[0].message_seconds:
-        raise ValueError(
-            f"platform '{platform.name}' does not say what a message between nodes costs; give --alpha 5us, "
-            "or choose a platform with a network"
-        )
-    alpha = outside[0].message_seconds
-    return [alpha, *(factor * alpha for factor in ALPHA_FACTORS if factor != 1)]
-
-
-def _quantity(flag: str, text: str, units: dict[str, float]) -> float:
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[-+]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if not found or found[2] not in units or found[1].count(".") > 1 or not float(found[1]):
-        known = ", ".join(unit for unit in units if unit)
-        raise ValueError(
-            f"{flag} takes positive numbers with commas between them"
-            + (f", each with one of the units {known}" if known else "")
-            + f", got {text!r}"
-        )
-    return float(found[1]) * units[found[2]]
-
-
-def _size(num_bytes: float) -> str:
+def show_bytes(num_bytes: float) -> str:
+    """Bytes in the largest decimal unit that fits."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:g} {unit}"
     return f"{num_bytes:g} B"
 
 
-def _time(seconds: float) -> str:
+def show_seconds(seconds: float) -> str:
+    """Seconds in microseconds."""
     return f"{seconds * 1e6:g} us"
