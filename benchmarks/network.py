@@ -58,6 +58,7 @@ CHUNKS = (1, 2, 4, 8)
 # DeepEP (github.com/deepseek-ai/DeepEP, README, V2): GB/s of logical bandwidth, 8K tokens, 7168 wide, 8 of 256 experts,
 # one byte an element there and two back. Logical: a token counts once for each node that it reaches, its own included;
 # inside a node once for each device.
+DEEPEP_CHUNKS = 4
 DEEPEP = (
     ("h100_pod", (1, 2, 8), 1, 90),
     ("h100_pod", (1, 2, 8), 2, 81),
@@ -190,7 +191,8 @@ def published_rates() -> list[tuple[str, float, float]]:
             expert_factors=factors,
             tokens=8192,
             row_bytes=row_bytes,
-            dispatcher="halo2_dedup_chunked",
+            dispatcher="halo2_dedup",
+            chunks=DEEPEP_CHUNKS,
             **layer,
         )
         reached = expected_nodes(256, 8, factors[1] if factors[1] > 1 else factors[2])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from meshes.axes import divisors
 from meshes.platform import Platform
 from models.config import ModelConfig
+from piperjax.planner.dispatchers import SEARCHED_DISPATCH_CHUNKS, Way, check_chunks, named, ways
 from piperjax.planner.plan import MEMORY_MODES, VOCABULARY
 from piperjax.schedules import registry
 
@@ -28,6 +29,7 @@ WISHES = (
     "num_microbatches",
     "memory_mode",
     "dispatch",
+    "dispatch_chunks",
     "capacity_factor",
     "vocabulary",
     "overlap",
@@ -79,9 +81,13 @@ class Question:
         for name, allowed in choices.items():
             if name in self.wished and self.wished[name] not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {self.wished[name]!r}")
-        for name in (*AXES, "num_microbatches"):
+        for name in (*AXES, "num_microbatches", "dispatch_chunks"):
             if self.wished.get(name, 1) < 1:
                 raise ValueError(f"{name} must be at least 1, got {self.wished[name]}")
+        for name in self.dispatchers:
+            named(name)
+        if not dispatch_ways(self):
+            check_chunks(self.wished.get("dispatch", self.dispatchers[0]), self.wished["dispatch_chunks"])
         if "num_chunks" in self.wished and "schedule" in self.wished:
             registry.chunks_of(self.wished["schedule"], self.wished["num_chunks"])
 
@@ -262,6 +268,14 @@ def microbatch_counts(question: Question, mesh: Mesh) -> list[int]:
         return counts
     step = (len(counts) - 1) / (MOST_MICROBATCH_CHOICES - 1)
     return sorted({counts[round(i * step)] for i in range(MOST_MICROBATCH_CHOICES)})
+
+
+def dispatch_ways(question: Question) -> tuple[Way, ...]:
+    """Dispatchers to try, with numbers of chunks."""
+    wished = question.wished
+    dispatchers = (wished["dispatch"],) if "dispatch" in wished else question.dispatchers
+    chunks = (wished["dispatch_chunks"],) if "dispatch_chunks" in wished else SEARCHED_DISPATCH_CHUNKS
+    return ways(dispatchers, chunks)
 
 
 def memory_modes(question: Question) -> tuple[str, ...]:

@@ -11,7 +11,15 @@ import numpy as np
 
 from models import cost
 from models.config import ModelConfig, MoEFFN
-from piperjax.planner.candidates import Mesh, Question, memory_modes, microbatch_counts, vocabularies
+from piperjax.planner.candidates import (
+    Mesh,
+    Question,
+    dispatch_ways,
+    memory_modes,
+    microbatch_counts,
+    vocabularies,
+)
+from piperjax.planner.dispatchers import Way
 from piperjax.planner.kept import Share
 from piperjax.planner.layer_time import layer_seconds
 from piperjax.planner.network import axis_group, best_dispatcher, permute
@@ -29,7 +37,7 @@ class Cell(NamedTuple):
     Attributes:
       index: number of the mesh.
       mesh, num_microbatches: these.
-      dispatch: number of the dispatcher.
+      way: how rows reach their experts.
       layers: seconds of F, B, I, W, and of the exchanges in F and in B or I, `[modes, kinds, 6]`.
       transfer: seconds of one exchange with the neighbours.
       outer: seconds of embedding and head of one microbatch, `[vocabularies]`.
@@ -41,7 +49,7 @@ class Cell(NamedTuple):
     index: int
     mesh: Mesh
     num_microbatches: int
-    dispatch: int
+    way: Way
     layers: np.ndarray
     transfer: float
     outer: np.ndarray
@@ -55,11 +63,16 @@ def groups(question: Question, meshes: list[Mesh]) -> Iterator[list[Cell]]:
     groups: dict[tuple[int, int], list[Cell]] = {}
     for index, mesh in enumerate(meshes):
         for number in microbatch_counts(question, mesh):
-            groups.setdefault((mesh.pipe, number), []).append(_cell(question, index, mesh, number))
+            tokens = question.tokens_per_step // (mesh.data * mesh.expert * number)
+            if fitting := tuple(way for way in dispatch_ways(question) if tokens % way.chunks == 0):
+                cell = _cell(question, index, mesh, number, candidates=fitting)
+                groups.setdefault((mesh.pipe, number), []).append(cell)
     yield from groups.values()
 
 
-def _cell(question: Question, index: int, mesh: Mesh, num_microbatches: int) -> Cell:
+def _cell(
+    question: Question, index: int, mesh: Mesh, num_microbatches: int, *, candidates: tuple[Way, ...]
+) -> Cell:
     model, platform, dtype = question.model, question.platform, question.dtype
     sequences = question.batch_size // (mesh.data * mesh.expert * num_microbatches)
     share = Share(
@@ -73,7 +86,7 @@ def _cell(question: Question, index: int, mesh: Mesh, num_microbatches: int) -> 
         _simplest_plan(question, mesh, num_microbatches, placed)
         for placed in vocabularies(question, mesh.pipe)
     ]
-    dispatch, layers = _layers(question, share, plans[0].expert_factors)
+    way, layers = _layers(question, share, plans[0].expert_factors, candidates)
     activation = share.tokens * model.d_model * itemsize_of(dtype)
     outer = [sum(vocabulary_seconds(model, plan, platform, dtype=dtype).values()) for plan in plans]
     # One for the embedding, three for the head, one for the gradient of the embedding.
@@ -86,7 +99,7 @@ def _cell(question: Question, index: int, mesh: Mesh, num_microbatches: int) -> 
         index=index,
         mesh=mesh,
         num_microbatches=num_microbatches,
-        dispatch=question.dispatchers.index(dispatch),
+        way=way,
         layers=layers,
         transfer=2 * permute(platform, axis_group(plans[0], "pipe"), activation).seconds,
         outer=np.array(outer),
@@ -110,22 +123,24 @@ def _simplest_plan(question: Question, mesh: Mesh, num_microbatches: int, vocabu
     )
 
 
-def _layers(question: Question, share: Share, expert_factors: tuple[int, int, int]) -> tuple[str, np.ndarray]:
-    """Dispatcher, and seconds of every kind of layer in every memory mode."""
+def _layers(
+    question: Question, share: Share, expert_factors: tuple[int, int, int], candidates: tuple[Way, ...]
+) -> tuple[Way, np.ndarray]:
+    """The quickest way, and seconds of every kind of layer in every memory mode."""
     return _priced_layers(
         question.model,
         question.platform,
         share,
         expert_factors,
-        (memory_modes(question), question.dispatchers, question.imbalance),
+        (memory_modes(question), candidates, question.imbalance),
     )
 
 
 @lru_cache(maxsize=8192)
 def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple):
-    modes, dispatchers, imbalance = choices
+    modes, candidates, imbalance = choices
     kinds = kinds_of(model)
-    dispatch = _dispatcher(model, platform, share, expert_factors, dispatchers, imbalance)
+    way = _way(model, platform, share, expert_factors, candidates, imbalance)
     seconds = np.zeros((len(modes), len(kinds), 6))
     for i, mode in enumerate(modes):
         for j, (_, layer) in enumerate(kinds):
@@ -138,7 +153,8 @@ def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple
                 expert_factors=expert_factors,
                 dtype=share.dtype,
                 memory_mode=mode,
-                dispatcher=dispatch,
+                dispatcher=way.dispatch,
+                dispatch_chunks=way.chunks,
                 imbalance=imbalance,
                 capacity_factor=share.capacity_factor,
             )
@@ -150,18 +166,16 @@ def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple
                 priced.exchange_forward,
                 priced.exchange_backward,
             )
-    return dispatch, seconds
+    return way, seconds
 
 
-def _dispatcher(
-    model, platform, share: Share, expert_factors, dispatchers: tuple[str, ...], imbalance: float
-) -> str:
+def _way(model, platform, share: Share, expert_factors, candidates: tuple[Way, ...], imbalance: float) -> Way:
     moe = next((layer.ffn for layer in model.layers if isinstance(layer.ffn, MoEFFN)), None)
-    if moe is None or share.expert == 1 or len(dispatchers) == 1:
-        return dispatchers[0]
-    name, _ = best_dispatcher(
+    if moe is None or share.expert == 1 or len(candidates) == 1:
+        return candidates[0]
+    way, _ = best_dispatcher(
         platform,
-        candidates=dispatchers,
+        candidates=candidates,
         expert_factors=expert_factors,
         tokens=share.tokens,
         row_bytes=model.d_model * share.itemsize,
@@ -170,7 +184,7 @@ def _dispatcher(
         imbalance=imbalance,
         capacity_factor=share.capacity_factor,
     )
-    return name
+    return way
 
 
 @lru_cache(maxsize=1024)

@@ -66,6 +66,7 @@ def price_layer(
     dtype: str = "bfloat16",
     memory_mode: str = "layer",
     dispatcher: str = "flat",
+    dispatch_chunks: int = 1,
     rows: Rows = "static",
     imbalance: float = 1.0,
     capacity_factor: float = 0.0,
@@ -84,6 +85,7 @@ def price_layer(
       dtype: of the operands of products with weights. Below 16 bits, everything else stays in bfloat16.
       memory_mode: what forward keeps, as in a plan.
       dispatcher: a name in `network.DISPATCHERS`.
+      dispatch_chunks: parts in which tokens travel.
       rows: "static" buffers that hold the worst case, as our executor has, or "exact".
       imbalance: rows of the busiest device over the mean.
       capacity_factor: rows per destination over the balanced number; 0 drops nothing.
@@ -138,6 +140,7 @@ def price_layer(
             num_experts=ffn.num_experts,
             experts_per_token=ffn.experts_per_token,
             dispatcher=dispatcher,
+            chunks=dispatch_chunks,
             rows=rows,
             imbalance=imbalance,
             capacity_factor=capacity_factor,

@@ -5,8 +5,6 @@ spread from `routing`, and the dispatchers that combine them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 from math import ceil, inf, prod
 from typing import Any, Literal, get_args
 
@@ -16,11 +14,11 @@ from piperjax.planner.collectives import (
     all_gather,
     all_reduce,
     all_to_all,
-    check_algorithm,
     halo,
     permute,
     reduce_scatter,
 )
+from piperjax.planner.dispatchers import DISPATCHERS, EXECUTABLE, Dispatcher, Way, check_chunks, named, ways
 from piperjax.planner.locality import Group, axis_group
 from piperjax.planner.network_simulation import simulate_all_to_all
 from piperjax.planner.routing import expected_nodes
@@ -32,6 +30,7 @@ __all__ = [
     "Group",
     "Rows",
     "Transfer",
+    "Way",
     "all_gather",
     "all_reduce",
     "all_to_all",
@@ -42,55 +41,10 @@ __all__ = [
     "permute",
     "reduce_scatter",
     "simulate_all_to_all",
+    "ways",
 ]
 
 Rows = Literal["static", "exact"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dispatcher:
-    """A way to bring rows to their experts.
-
-    Attributes:
-      name: what a plan calls it.
-      algorithm: the all-to-all that moves the rows.
-      deduplicates: whether a token crosses to a node once, however many of its experts are there, and is copied to
-        their devices inside; results are summed inside before they return.
-      chunks: parts in which rows travel, so that the exchange between nodes of one runs beside that inside of another.
-    """
-
-    name: str
-    algorithm: str
-    deduplicates: bool = False
-    chunks: int = 1
-
-    def __post_init__(self):
-        check_algorithm(self.algorithm)
-        if self.deduplicates and self.algorithm == "flat":
-            raise ValueError(
-                "rows are copied inside the destination node, which the flat all-to-all knows nothing of; "
-                "use halo2 or halo3 to de-duplicate"
-            )
-        if self.chunks != 1 and self.algorithm != "halo2":
-            raise ValueError(f"only halo2 is cut into chunks, got {self.chunks} for {self.algorithm}")
-
-
-DISPATCHERS = {
-    dispatcher.name: dispatcher
-    for dispatcher in (
-        Dispatcher(name="flat", algorithm="flat"),
-        Dispatcher(name="halo2", algorithm="halo2"),
-        Dispatcher(name="halo3", algorithm="halo3"),
-        Dispatcher(name="halo2_dedup", algorithm="halo2", deduplicates=True),
-        Dispatcher(name="halo3_dedup", algorithm="halo3", deduplicates=True),
-        Dispatcher(name="halo2_chunked", algorithm="halo2", chunks=4),
-        # What DeepEP does on NVIDIA's machines.
-        Dispatcher(name="halo2_dedup_chunked", algorithm="halo2", deduplicates=True, chunks=4),
-    )
-}
-
-# What the runtime has; the others can be planned for, not yet run.
-EXECUTABLE = ("flat",)
 
 
 def dispatch_transfer(
@@ -102,6 +56,7 @@ def dispatch_transfer(
     num_experts: int,
     experts_per_token: int,
     dispatcher: str = "flat",
+    chunks: int = 1,
     rows: Rows = "static",
     imbalance: float = 1.0,
     capacity_factor: float = 0.0,
@@ -129,6 +84,7 @@ def dispatch_transfer(
       num_experts: routed experts of the layer.
       experts_per_token: experts that a token takes.
       dispatcher: a name in `DISPATCHERS`.
+      chunks: parts in which tokens travel, so that one is between nodes while another is spread inside.
       rows: whether padding travels.
       imbalance: rows of the most loaded device over the mean.
       capacity_factor: rows per destination over the balanced number; 0 drops nothing.
@@ -137,7 +93,8 @@ def dispatch_transfer(
     Raises:
       ValueError: if there is no such dispatcher, or the experts do not divide over the devices.
     """
-    way = _named(dispatcher)
+    check_chunks(dispatcher, chunks)
+    way = named(dispatcher)
     if rows not in get_args(Rows):
         raise ValueError(f"rows must be one of {', '.join(get_args(Rows))}, got {rows!r}")
     if imbalance < 1:
@@ -164,27 +121,30 @@ def dispatch_transfer(
             far_bytes=(num_nodes - 1) * per_node,
             spread_bytes=(num_nodes - 1) * local * per_device,
             striped=way.algorithm == "halo3",
-            chunks=way.chunks,
+            chunks=chunks,
         )
     most = tokens * min(experts_per_token, num_experts // num_devices)
     per_device = count(tokens * experts_per_token / num_devices, most) * row_bytes
     return all_to_all(
-        platform, expert_factors, num_devices * per_device, algorithm=way.algorithm, chunks=way.chunks
+        platform, expert_factors, num_devices * per_device, algorithm=way.algorithm, chunks=chunks
     )
 
 
 def best_dispatcher(
-    platform: Platform, *, candidates: Sequence[str] = tuple(DISPATCHERS), **parameters: Any
-) -> tuple[str, Transfer]:
+    platform: Platform, *, candidates: Sequence[Way] = ways(DISPATCHERS), **parameters: Any
+) -> tuple[Way, Transfer]:
     """The quickest of the candidates, and its cost; of equals the first.
 
     Args:
       platform: the machine.
-      candidates: names in `DISPATCHERS`; `EXECUTABLE` are those that can be run.
+      candidates: dispatchers with numbers of chunks; those of `EXECUTABLE` can be run.
       parameters: as `dispatch_transfer` takes them.
     """
-    costs = {name: dispatch_transfer(platform, dispatcher=name, **parameters) for name in candidates}
-    best = min(costs, key=lambda name: costs[name].seconds)
+    costs = {
+        way: dispatch_transfer(platform, dispatcher=way.dispatch, chunks=way.chunks, **parameters)
+        for way in candidates
+    }
+    best = min(costs, key=lambda way: costs[way].seconds)
     return best, costs[best]
 
 
@@ -194,15 +154,6 @@ def _expected_devices(
     """Devices that hold the experts of one token; with a limit, k experts drawn from those of the chosen nodes."""
     allowed = min(node_limit or num_nodes, num_nodes)
     return expected_nodes(num_experts * allowed // num_nodes, experts_per_token, allowed * local)
-
-
-def _named(dispatcher: str) -> Dispatcher:
-    if dispatcher not in DISPATCHERS:
-        near = get_close_matches(dispatcher, DISPATCHERS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"no dispatcher named {dispatcher!r}; there are {', '.join(DISPATCHERS)}; did you mean {near!r}?"
-        )
-    return DISPATCHERS[dispatcher]
 
 
 def _check_experts(num_experts: int, num_devices: int) -> None:

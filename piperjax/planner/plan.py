@@ -6,6 +6,7 @@ from typing import Any
 from meshes.platform import Platform
 from models import cost
 from models.config import ModelConfig
+from piperjax.planner.dispatchers import check_chunks
 from piperjax.planner.partition import partition_model
 from piperjax.schedules import registry
 from piperjax.schedules.filling import RECOMPUTING_UNITS, UNITS
@@ -38,6 +39,8 @@ class Plan:
         "layer", also what expert dispatch sends and returns ("named"), the results of all matrix products but
         those inside attention ("products"), or every intermediate result ("stash").
       dispatch: name of the dispatcher.
+      dispatch_chunks: parts in which the tokens of a microbatch travel to their experts, so that one is between nodes
+        while another is at its experts; only for dispatchers that can.
       capacity_factor: rows per destination over the balanced number; 0 means dropless.
       vocabulary: embedding, head and loss "split" over the pipe ranks, or "whole" on the ranks of the first and last
         stage. Split stores 1 / pipe of them and makes no stage slower, for four exchanges of activations.
@@ -56,6 +59,7 @@ class Plan:
     seq_len: int
     memory_mode: str = "layer"
     dispatch: str = "flat"
+    dispatch_chunks: int = 1
     capacity_factor: float = 0.0
     num_chunks: int = 0
     overlap: bool = False
@@ -81,6 +85,7 @@ class Plan:
         if self.capacity_factor < 0:
             raise ValueError(f"capacity_factor must be 0 (dropless) or positive, got {self.capacity_factor}")
         self._check_batch()
+        check_chunks(self.dispatch, self.dispatch_chunks, self.tokens_per_device)
         # The schedule is built where it is used: searching looks at more plans than it builds.
         chunks = registry.check(self.schedule, self.pipe, self.num_microbatches, self.num_chunks)
         if chunks * self.pipe != len(self.layers_per_stage):
@@ -130,6 +135,11 @@ class Plan:
     def microbatch_size(self) -> int:
         """Sequences of one microbatch over all devices."""
         return self.batch_size // self.num_microbatches
+
+    @property
+    def tokens_per_device(self) -> int:
+        """Tokens of one microbatch on one device."""
+        return self.microbatch_size // (self.data * self.expert) * self.seq_len
 
     def build_schedule(self) -> Schedule:
         """The schedule as a value."""
@@ -197,6 +207,7 @@ def default_plan(
     num_microbatches: int | None = None,
     memory_mode: str = "layer",
     dispatch: str = "flat",
+    dispatch_chunks: int = 1,
     capacity_factor: float = 0.0,
     num_chunks: int = 0,
     overlap: bool = False,
@@ -252,6 +263,7 @@ def default_plan(
         seq_len=seq_len,
         memory_mode=memory_mode,
         dispatch=dispatch,
+        dispatch_chunks=dispatch_chunks,
         capacity_factor=capacity_factor,
         num_chunks=num_chunks,
         overlap=overlap,

@@ -30,6 +30,8 @@ FLAGS = {
     "microbatches": "num_microbatches",
     "memory_mode": "memory_mode",
     "vocabulary": "vocabulary",
+    "dispatch": "dispatch",
+    "dispatch_chunks": "dispatch_chunks",
     "capacity_factor": "capacity_factor",
 }
 
@@ -78,6 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="rows that a device accepts over the balanced number; 0 drops none (default 0, or "
         f"{USUAL_CAPACITY_FACTOR} if nothing fits otherwise)",
+    )
+    wishes.add_argument("--dispatch", metavar="NAME", help=f"dispatcher of rows: {', '.join(DISPATCHERS)}")
+    wishes.add_argument(
+        "--dispatch-chunks", type=int, metavar="N", help="parts in which tokens travel to their experts"
     )
     wishes.add_argument(
         "--dispatchers",

@@ -36,9 +36,12 @@ def check_room(question: Question, scores: Scores, *, advise: bool = True) -> No
     asked = ", ".join(f"{name}={value}" for name, value in question.wished.items())
     where = f"{question.num_devices} {question.platform.name} devices" + (f" with {asked}" if asked else "")
     if not len(scores.seconds):
+        chunks = (
+            ", or dispatch_chunks does not divide the tokens" if "dispatch_chunks" in question.wished else ""
+        )
         raise ValueError(
             f"no plan for {question.model.name} on {where} exists: its schedule does not fit the pipe ranks and "
-            f"microbatches{advice}"
+            f"microbatches{chunks}{advice}"
         )
     row = int(scores.num_bytes.argmin())
     memory = memory_of(question, scores, row)

@@ -8,8 +8,8 @@ from typing import Any
 from models import cost
 from models.config import LatentAttention
 from piperjax.planner.candidates import Order, Question, Rejection
+from piperjax.planner.dispatchers import EXECUTABLE, Way
 from piperjax.planner.explain import PART_WORDS, Explanation, Variation
-from piperjax.planner.network import EXECUTABLE
 from piperjax.planner.remedies import WORDS
 from piperjax.planner.scoring import capacity_bytes
 from piperjax.planner.search import Candidate, SearchResult
@@ -74,7 +74,7 @@ def cells_of(one: Candidate) -> list[str]:
         str(order_of(one)),
         str(plan.num_microbatches),
         plan.memory_mode,
-        plan.dispatch,
+        str(Way(plan.dispatch, plan.dispatch_chunks)),
         plan.vocabulary,
     ]
     rates = [f"{one.peak_bytes / GIB:.1f}", f"{time.step_seconds:.4g}", short(time.tokens_per_second)]

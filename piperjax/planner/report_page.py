@@ -12,7 +12,7 @@ from piperjax.planner.plan import Plan
 from piperjax.planner.remedies import WORDS
 from piperjax.planner.report import GIB, headline
 from piperjax.planner.search import Candidate, SearchResult, answer
-from piperjax.planner.timing import action_costs, tokens_per_device
+from piperjax.planner.timing import action_costs
 from piperjax.planner.work import Product, layer_work
 from piperjax.schedules import registry
 from piperjax.schedules.draw import svg_gantt
@@ -195,7 +195,7 @@ def _product_points(plan: Plan, question: Question) -> list[Point]:
         work = layer_work(
             question.model.d_model,
             layer,
-            tokens=tokens_per_device(plan),
+            tokens=plan.tokens_per_device,
             seq_len=plan.seq_len,
             expert=plan.expert,
             imbalance=question.imbalance,

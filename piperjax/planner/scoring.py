@@ -13,8 +13,18 @@ from math import inf
 import numpy as np
 
 from models.config import ModelConfig
-from piperjax.planner.candidates import Mesh, Order, Question, Rejections, memory_modes, orders, vocabularies
+from piperjax.planner.candidates import (
+    Mesh,
+    Order,
+    Question,
+    Rejections,
+    dispatch_ways,
+    memory_modes,
+    orders,
+    vocabularies,
+)
 from piperjax.planner.cells import Cell, groups, layers_by_flop, memory_backend
+from piperjax.planner.dispatchers import Way
 from piperjax.planner.memory import Layout, is_straight, rank_memory
 from piperjax.planner.plan import RECOMPUTING_MODES, Plan
 from piperjax.planner.shared_cores import fresh_seconds
@@ -31,8 +41,8 @@ class Scores:
       question: what was asked.
       meshes: the meshes that rows refer to.
       orders: the orders that rows refer to.
-      dispatches: the dispatchers that rows refer to.
-      mesh, order, dispatch: numbers of these, int `[rows]`.
+      ways: the dispatchers with their chunks that rows refer to.
+      mesh, order, way: numbers of these, int `[rows]`.
       num_microbatches: int `[rows]`.
       memory_mode, vocabulary: positions in `memory_modes` and `vocabularies`, int `[rows]`.
       seconds: of a step, float `[rows]`.
@@ -42,10 +52,10 @@ class Scores:
     question: Question
     meshes: tuple[Mesh, ...]
     orders: tuple[Order, ...]
-    dispatches: tuple[str, ...]
+    ways: tuple[Way, ...]
     mesh: np.ndarray
     order: np.ndarray
-    dispatch: np.ndarray
+    way: np.ndarray
     num_microbatches: np.ndarray
     memory_mode: np.ndarray
     vocabulary: np.ndarray
@@ -76,7 +86,7 @@ class Scores:
     def plan(self, row: int) -> Plan:
         """The plan of one row."""
         mesh, order = self.meshes[self.mesh[row]], self.orders[self.order[row]]
-        question = self.question
+        question, way = self.question, self.ways[self.way[row]]
         return Plan(
             **mesh._asdict(),
             expert_factors=question.platform.expert_factors(**mesh._asdict()),
@@ -89,7 +99,8 @@ class Scores:
             seq_len=question.seq_len,
             memory_mode=memory_modes(question)[self.memory_mode[row]],
             vocabulary=vocabularies(question, mesh.pipe)[self.vocabulary[row]],
-            dispatch=self.dispatches[self.dispatch[row]],
+            dispatch=way.dispatch,
+            dispatch_chunks=way.chunks,
             capacity_factor=question.wished.get("capacity_factor", 0.0),
         )
 
@@ -113,13 +124,13 @@ def score(question: Question, meshes: list[Mesh], rejections: Rejections) -> Sco
         name: np.concatenate([block[name] for block in blocks]) for name in (blocks[0] if blocks else ())
     }
     if not blocks:
-        columns = {name: np.zeros(0, int) for name in ("mesh", "order", "dispatch", "num_microbatches")}
+        columns = {name: np.zeros(0, int) for name in ("mesh", "order", "way", "num_microbatches")}
         columns |= {name: np.zeros(0, int) for name in ("memory_mode", "vocabulary", "seconds", "num_bytes")}
     scores = Scores(
         question=question,
         meshes=tuple(meshes),
         orders=tuple(known),
-        dispatches=question.dispatchers,
+        ways=dispatch_ways(question),
         **columns,
     )
     _count_unfit(scores, rejections)
@@ -161,6 +172,7 @@ def _block(question: Question, cells: list[Cell], order: Order, *, number: int) 
     """Columns of all candidates of these cells with this order."""
     pipe, microbatches = cells[0].mesh.pipe, cells[0].num_microbatches
     modes, placed = memory_modes(question), vocabularies(question, pipe)
+    known_ways = dispatch_ways(question)
     partition = layers_by_flop(question.model, question.seq_len, pipe * order.num_chunks)
     # Tick tables are laid out for backwards that recompute, or for those that do not.
     recomputing = np.array([mode in RECOMPUTING_MODES for mode in modes])[:, None]
@@ -183,7 +195,7 @@ def _block(question: Question, cells: list[Cell], order: Order, *, number: int) 
 
     columns = {
         "mesh": column([cell.index for cell in cells], 0),
-        "dispatch": column([cell.dispatch for cell in cells], 0),
+        "way": column([known_ways.index(cell.way) for cell in cells], 0),
         "order": column([number], 0),
         "num_microbatches": column([microbatches], 0),
         "memory_mode": column(range(len(modes)), 1),

@@ -77,18 +77,18 @@ def stage_seconds(
     rows: Rows = "static",
 ) -> tuple[LayerSeconds, ...]:
     """Seconds of the layers of every stage, of one microbatch on one device."""
-    tokens = tokens_per_device(plan)
     by_kind = {
         kind: layer_seconds(
             model,
             layer,
             platform,
-            tokens=tokens,
+            tokens=plan.tokens_per_device,
             seq_len=plan.seq_len,
             expert_factors=plan.expert_factors,
             dtype=dtype,
             memory_mode=plan.memory_mode,
             dispatcher=plan.dispatch,
+            dispatch_chunks=plan.dispatch_chunks,
             rows=rows,
             imbalance=imbalance,
             capacity_factor=plan.capacity_factor,
@@ -102,11 +102,6 @@ def stage_seconds(
     return tuple(stages)
 
 
-def tokens_per_device(plan: Plan) -> int:
-    """Tokens of one microbatch that live on one device."""
-    return plan.microbatch_size // (plan.data * plan.expert) * plan.seq_len
-
-
 def action_costs(
     model: ModelConfig,
     plan: Plan,
@@ -118,7 +113,7 @@ def action_costs(
 ) -> ActionCosts:
     """Seconds of every action by stage, for the clocks of `schedules.timeline`."""
     stages = stage_seconds(model, plan, platform, dtype=dtype, imbalance=imbalance, rows=rows)
-    activation_bytes = tokens_per_device(plan) * model.d_model * itemsize_of(dtype)
+    activation_bytes = plan.tokens_per_device * model.d_model * itemsize_of(dtype)
     # A tick sends an activation on and a gradient back, one after the other.
     transfer = 2 * permute(platform, axis_group(plan, "pipe"), activation_bytes).seconds
     return ActionCosts(
@@ -147,7 +142,7 @@ def vocabulary_seconds(
     model: ModelConfig, plan: Plan, platform: Platform, *, dtype: str = "bfloat16"
 ) -> dict[str, float]:
     """Embedding, head with loss, and gradient of the embedding of one microbatch (`runtime/vocabulary.py`)."""
-    device, tokens, D = platform.device, tokens_per_device(plan), model.d_model
+    device, tokens, D = platform.device, plan.tokens_per_device, model.d_model
     base = "bfloat16" if dtype.startswith("float8") else dtype
     itemsize, split = itemsize_of(base), plan.vocabulary == "split" and plan.pipe > 1
     vocabulary = ceil(model.vocab_size / plan.pipe) if split else model.vocab_size
@@ -180,7 +175,7 @@ def vocabulary_exchange_seconds(
     if plan.vocabulary != "split" or plan.pipe == 1:
         return 0.0
     base = "bfloat16" if dtype.startswith("float8") else dtype
-    hidden_bytes = tokens_per_device(plan) * model.d_model * itemsize_of(base)
+    hidden_bytes = plan.tokens_per_device * model.d_model * itemsize_of(base)
     return all_reduce(platform, axis_group(plan, "pipe"), hidden_bytes).seconds
 
 
@@ -330,7 +325,7 @@ def _notes(
 ) -> tuple[str, ...]:
     """What lies outside the measured range."""
     notes: list[str] = []
-    attention, tokens = platform.device.attention, tokens_per_device(plan)
+    attention, tokens = platform.device.attention, plan.tokens_per_device
     if attention and not attention.covers(plan.seq_len):
         notes.append(
             f"attention: sequences of {plan.seq_len} outside the measured range of {attention.smallest_seq:g} to "
@@ -347,6 +342,7 @@ def _notes(
             num_experts=moe.num_experts,
             experts_per_token=moe.experts_per_token,
             dispatcher=plan.dispatch,
+            chunks=plan.dispatch_chunks,
             rows=rows,
             imbalance=imbalance,
             capacity_factor=plan.capacity_factor,
@@ -362,7 +358,7 @@ def _unmeasured_products(model: ModelConfig, plan: Plan, platform: Platform, imb
         work = layer_work(
             model.d_model,
             layer,
-            tokens=tokens_per_device(plan),
+            tokens=plan.tokens_per_device,
             seq_len=plan.seq_len,
             expert=plan.expert,
             imbalance=imbalance,

@@ -42,7 +42,7 @@ def banner(
         "mesh": f"pipe {plan.pipe} x data {plan.data} x expert {plan.expert} = "
         f"{_count(plan.num_devices, 'device')}, {platform.name}: {platform.description}",
         "schedule": f"{plan.schedule}, {_count(plan.num_microbatches, 'microbatch')} of "
-        f"{_count(plan.microbatch_size, 'sequence')}, {plan.dispatch} dispatch, {_capacity(plan)}, {config.dtype}",
+        f"{_count(plan.microbatch_size, 'sequence')}, {_dispatch(plan)}, {config.dtype}",
         "stages": " | ".join(_stages(config.model, plan)),
         "plan": f"\n{'':10}".join(notes),
         "memory": f"per device {gib(params_bytes)} parameters, {gib(len(Moments._fields) * params_bytes)} optimizer; "
@@ -78,8 +78,10 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else plural}"
 
 
-def _capacity(plan: Plan) -> str:
-    return f"capacity factor {plan.capacity_factor:g}" if plan.capacity_factor else "dropless"
+def _dispatch(plan: Plan) -> str:
+    chunks = f" in {plan.dispatch_chunks} chunks" if plan.dispatch_chunks > 1 else ""
+    capacity = f"capacity factor {plan.capacity_factor:g}" if plan.capacity_factor else "dropless"
+    return f"{plan.dispatch} dispatch{chunks}, {capacity}"
 
 
 def _stages(model: ModelConfig, plan: Plan) -> Sequence[str]:

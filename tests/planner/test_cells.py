@@ -8,7 +8,7 @@ from models.presets import preset
 from piperjax.planner.candidates import MEMORY_MODES, Mesh, Question
 from piperjax.planner.cells import groups, memory_backend
 from piperjax.planner.kept import kept_bytes
-from piperjax.planner.network import DISPATCHERS
+from piperjax.planner.network import DISPATCHERS, ways
 
 FRONTIER = load_platform("frontier")
 
@@ -50,7 +50,9 @@ def test_the_quickest_dispatcher_is_taken():
     any_of = asked(wished={"num_microbatches": 4}, dispatchers=tuple(DISPATCHERS))
     quickest = next(groups(any_of, [Mesh(2, 1, 32)]))[0]
     assert quickest.layers[..., 4].sum() <= flat.layers[..., 4].sum()
-    assert any_of.dispatchers[quickest.dispatch] in DISPATCHERS
+    assert quickest.way in ways(DISPATCHERS)
+    given = asked(wished={"num_microbatches": 4, "dispatch": "halo2", "dispatch_chunks": 2})
+    assert next(groups(given, [Mesh(2, 1, 32)]))[0].way == ("halo2", 2)
 
 
 @pytest.mark.parametrize(("name", "backend"), [("frontier", "gpu"), ("cpu8", "cpu")])

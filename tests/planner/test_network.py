@@ -11,10 +11,11 @@ from piperjax.planner import network
 from piperjax.planner.network import (
     DISPATCHERS,
     EXECUTABLE,
-    Dispatcher,
+    Way,
     best_dispatcher,
     dispatch_transfer,
     expected_nodes,
+    ways,
 )
 
 TOY = Platform(
@@ -105,19 +106,18 @@ def test_one_device_sends_nothing():
 
 
 def test_which_is_quickest_depends_on_size_and_nodes():
-    def best(tokens, factors, **more):
-        return best_dispatcher(
-            TOY, expert_factors=factors, **{**LAYER, "tokens": tokens}, rows="exact", **more
-        )[0]
+    def best(tokens, factors, names=tuple(DISPATCHERS), chunks=(1, 2, 4)):
+        layer = {**LAYER, "tokens": tokens, "rows": "exact", "expert_factors": factors}
+        return best_dispatcher(TOY, candidates=ways(names, chunks), **layer)[0]
 
     # Few tokens: messages count. Many: the copies that de-duplication saves.
-    assert best(1, (1, 16, 4)) in ("halo3", "halo3_dedup")
-    assert best(100_000, (1, 2, 4)) == "halo2_dedup_chunked"
-    assert best(100_000, (1, 2, 4), candidates=("flat", "halo2", "halo2_dedup")) == "halo2_dedup"
-    assert best(100_000, (1, 16, 4), candidates=("flat", "halo2", "halo3")) == "flat"
-    assert best(1, (1, 16, 4), candidates=EXECUTABLE) == "flat"
-    name, cost = best_dispatcher(TOY, expert_factors=(1, 2, 4), **LAYER)
-    assert cost == dispatch_transfer(TOY, expert_factors=(1, 2, 4), dispatcher=name, **LAYER)
+    assert best(1, (1, 16, 4)) in (("halo3", 1), ("halo3_dedup", 1))
+    assert best(100_000, (1, 2, 4)) == ("halo2_dedup", 4)
+    assert best(100_000, (1, 2, 4), ("flat", "halo2", "halo2_dedup"), [1]) == ("halo2_dedup", 1)
+    assert best(100_000, (1, 16, 4), ("flat", "halo2", "halo3"), [1]) == ("flat", 1)
+    assert best(1, (1, 16, 4), ["flat"]) == Way("flat")
+    (name, chunks), cost = best_dispatcher(TOY, expert_factors=(1, 2, 4), **LAYER)
+    assert cost == dispatch_transfer(TOY, expert_factors=(1, 2, 4), dispatcher=name, chunks=chunks, **LAYER)
     assert all(
         cost.seconds <= dispatch_transfer(TOY, expert_factors=(1, 2, 4), dispatcher=other, **LAYER).seconds
         for other in DISPATCHERS
@@ -169,10 +169,3 @@ def test_names_are_what_they_say():
 def test_a_mistake_is_one_sentence(changes, words):
     with pytest.raises(ValueError, match=words):
         dispatch_transfer(TOY, **{"expert_factors": (1, 4, 4), **LAYER, **changes})
-
-
-def test_a_flat_exchange_cannot_de_duplicate():
-    with pytest.raises(ValueError, match="use halo2 or halo3 to de-duplicate"):
-        Dispatcher(name="mine", algorithm="flat", deduplicates=True)
-    with pytest.raises(ValueError, match="only halo2 is cut into chunks, got 2 for halo3"):
-        Dispatcher(name="mine", algorithm="halo3", chunks=2)

@@ -71,6 +71,15 @@ def test_stages_are_balanced_by_flop():
             dict(schedule="1f1b", num_chunks=2, pipe=2),
             "schedule 'one_f_one_b' has one stage per pipe rank, got 2",
         ),
+        (dict(dispatch="halo"), "no dispatcher named 'halo'; .* did you mean 'halo"),
+        (
+            dict(dispatch_chunks=2),
+            "only halo2 or halo2_dedup sends tokens in chunks, got dispatch_chunks = 2",
+        ),
+        (
+            dict(dispatch="halo2", dispatch_chunks=7),
+            "must divide the 256 tokens of a microbatch on a device, got 7; use 4",
+        ),
         (dict(capacity_factor=-1.0), "capacity_factor must be 0 .dropless. or positive, got -1.0"),
     ],
 )

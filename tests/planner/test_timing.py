@@ -14,7 +14,6 @@ from piperjax.planner.timing import (
     action_costs,
     estimate_time,
     stage_seconds,
-    tokens_per_device,
     uncertainty,
 )
 
@@ -80,7 +79,7 @@ def test_stages_are_their_layers():
     stages = stage_seconds(model, plan, FRONTIER)
     parameters = dict(tokens=4096, seq_len=4096, expert_factors=plan.expert_factors)
     dense, moe = (layer_seconds(model, model.layers[i], FRONTIER, **parameters) for i in (0, -1))
-    assert tokens_per_device(plan) == 4096
+    assert plan.tokens_per_device == 4096
     assert stages[0].forward == pytest.approx(
         3 * dense.forward + (plan.layers_per_stage[0] - 3) * moe.forward
     )

@@ -1,0 +1,110 @@
+"""This file is the dispatchers that a plan can name: which all-to-all moves rows to their experts, and how."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from piperjax.planner.collectives import check_algorithm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dispatcher:
+    """A way to bring rows to their experts.
+
+    Attributes:
+      name: what a plan calls it.
+      algorithm: the all-to-all that moves the rows.
+      deduplicates: whether a token crosses to a node once, however many of its experts are there, and is copied to
+        their devices inside; results are summed inside before they return.
+    """
+
+    name: str
+    algorithm: str
+    deduplicates: bool = False
+
+    def __post_init__(self):
+        check_algorithm(self.algorithm)
+        if self.deduplicates and self.algorithm == "flat":
+            raise ValueError(
+                "rows are copied inside the destination node, which the flat all-to-all knows nothing of; "
+                "use halo2 or halo3 to de-duplicate"
+            )
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether tokens may travel in chunks, so that one is between nodes while another is at its experts."""
+        return self.algorithm == "halo2"
+
+
+DISPATCHERS = {
+    dispatcher.name: dispatcher
+    for dispatcher in (
+        Dispatcher(name="flat", algorithm="flat"),
+        Dispatcher(name="halo2", algorithm="halo2"),
+        Dispatcher(name="halo3", algorithm="halo3"),
+        Dispatcher(name="halo2_dedup", algorithm="halo2", deduplicates=True),
+        Dispatcher(name="halo3_dedup", algorithm="halo3", deduplicates=True),
+    )
+}
+
+# Of these numbers of chunks a search chooses; more of them cost more messages than they hide.
+SEARCHED_DISPATCH_CHUNKS = (1, 2, 4)
+# What the runtime has; the others can be planned for, not yet run.
+EXECUTABLE = ("flat",)
+
+
+class Way(NamedTuple):
+    """A dispatcher, and in how many chunks it sends."""
+
+    dispatch: str
+    chunks: int = 1
+
+    def __str__(self) -> str:
+        return self.dispatch if self.chunks == 1 else f"{self.dispatch} x{self.chunks}"
+
+
+def ways(dispatchers: Iterable[str], chunks: Iterable[int] = SEARCHED_DISPATCH_CHUNKS) -> tuple[Way, ...]:
+    """Every dispatcher with every number of chunks that it can send in."""
+    return tuple(
+        Way(name, number)
+        for name in dispatchers
+        for number in chunks
+        if number == 1 or named(name).can_be_cut
+    )
+
+
+def named(dispatcher: str) -> Dispatcher:
+    """The dispatcher of that name.
+
+    Raises:
+      ValueError: if there is none; the sentence names the nearest.
+    """
+    if dispatcher not in DISPATCHERS:
+        near = get_close_matches(dispatcher, DISPATCHERS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"no dispatcher named {dispatcher!r}; there are {', '.join(DISPATCHERS)}; did you mean {near!r}?"
+        )
+    return DISPATCHERS[dispatcher]
+
+
+def check_chunks(dispatcher: str, chunks: int, tokens: int | None = None) -> None:
+    """Checks that a dispatcher can send the tokens of a microbatch on a device in so many chunks.
+
+    Raises:
+      ValueError: if there is no such dispatcher, it cannot, or the tokens do not divide.
+    """
+    way = named(dispatcher)
+    if chunks < 1:
+        raise ValueError(f"dispatch_chunks must be at least 1, got {chunks}")
+    if chunks > 1 and not way.can_be_cut:
+        able = " or ".join(name for name, other in DISPATCHERS.items() if other.can_be_cut)
+        raise ValueError(
+            f"only {able} sends tokens in chunks, got dispatch_chunks = {chunks} for dispatcher {dispatcher!r}; "
+            "use one of these, or leave dispatch_chunks at 1"
+        )
+    if tokens is not None and tokens % chunks:
+        near = max(number for number in range(1, chunks) if tokens % number == 0)
+        raise ValueError(
+            f"dispatch_chunks must divide the {tokens} tokens of a microbatch on a device, got {chunks}; use {near}"
+        )
