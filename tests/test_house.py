@@ -26,6 +26,8 @@ PURE = (
     "meshes/writing.py",
     "piperjax/schedules/*.py",
     "piperjax/planner/*.py",
+    "piperjax/runtime/bounded_process.py",
+    "piperjax/runtime/xla_flags.py",
     "piperjax/training/config.py",
     "piperjax/training/overrides.py",
     "piperjax/training/planning.py",

@@ -223,13 +223,15 @@ def run(args: argparse.Namespace) -> int:
     config = configuration(args, tree, plan_file)
     config.model.check_trainable()
 
-    from meshes.mesh import simulate_devices
+    from piperjax.runtime import backend
     from piperjax.training import distributed
 
     group = distributed.process_group(args.coordinator, args.processes, args.process_id)
-    if args.devices is not None:
-        simulate_devices(args.devices)
+    flag_lines = backend.prepare(args.devices)
     distributed.initialize(group)
+    if distributed.is_writer():
+        for line in flag_lines:
+            print(f"{'xla':<9} {line}")
 
     from piperjax.training.loop import train
     from piperjax.training.machine import find_platform

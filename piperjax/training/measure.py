@@ -65,12 +65,11 @@ def main(args: argparse.Namespace) -> int:
     if args.platform != "auto":
         load_platform(args.platform)
 
-    from meshes.mesh import simulate_devices
+    from piperjax.runtime import backend
     from piperjax.training import distributed
 
     group = distributed.process_group(args.coordinator, args.processes, args.process_id)
-    if args.devices is not None:
-        simulate_devices(args.devices)
+    backend.prepare(args.devices)
     distributed.initialize(group)
 
     from piperjax.training.machine import find_platform
