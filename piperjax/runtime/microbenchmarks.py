@@ -225,12 +225,9 @@ class _Bench:
         """
         body, operands, (m, n, k) = _product(layer, part, dtype)
         size = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in operands)
-        number = min(MOST_OPERANDS, max(1, working_bytes // size))
+        number = min(MOST_OPERANDS, max(2, working_bytes // size))
         stacked = [((number, *shape), dtype) for shape, dtype in operands]
-        seconds = self._seconds(
-            lambda *stacks: lax.map(lambda arrays: body(*arrays), stacks), stacked, self.devices
-        )
-        seconds /= number
+        seconds = self._seconds(body, stacked, self.devices, sets=number)
         return [ProductSample(m, n, k, layer.groups, dtype, part == "weight gradient", seconds)]
 
     def alone(self, layer: Layer) -> list[tuple[float, float]]:
@@ -272,8 +269,8 @@ class _Bench:
             return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
 
         shape = (arrays, rows, STREAM_WIDTH)
-        seconds = self._seconds(lambda stack: lax.map(normalise, stack), [(shape, "float32")], self.devices)
-        return [BytesSample(2.0 * 4 * rows * STREAM_WIDTH, seconds / arrays)]
+        seconds = self._seconds(normalise, [(shape, "float32")], self.devices, sets=arrays)
+        return [BytesSample(2.0 * 4 * rows * STREAM_WIDTH, seconds)]
 
     def fresh(self, num_bytes: int) -> list[BytesSample]:
         """Writes a result for which every call takes memory, on all devices at once."""
@@ -298,10 +295,17 @@ class _Bench:
             taken.append((time.perf_counter() - start) / 2)
         return [BytesSample(float(num_bytes), statistics.median(taken[1:]))]
 
-    def _seconds(self, body: Body, operands: Sequence[tuple], devices: Sequence[jax.Device]) -> float:
+    def _seconds(
+        self,
+        body: Body,
+        operands: Sequence[tuple],
+        devices: Sequence[jax.Device],
+        *,
+        sets: int | None = None,
+    ) -> float:
         mesh = line_of(devices)
         return self.stopwatch.seconds(
-            looped(body, mesh), *(operand(mesh, shape, dtype) for shape, dtype in operands)
+            looped(body, mesh, sets=sets), *(operand(mesh, shape, dtype) for shape, dtype in operands)
         )
 
 

@@ -80,28 +80,38 @@ def line_of(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.asarray(devices), (DEVICE,), axis_types=(AxisType.Auto,))
 
 
-def looped(body: Body, mesh: Mesh) -> Program:
+def looped(body: Body, mesh: Mesh, *, sets: int | None = None) -> Program:
     """Returns the program that runs `body` again and again on every device of a mesh.
 
     `body` is per device: it takes the operands and returns an array. Every round waits for the one before: an element
     of its result is added, times nothing, to the first operand. The program takes the number of rounds and operands
     [devices, ...] as `operand` makes them.
+
+    Args:
+      body: what is timed.
+      mesh: devices that run it at once.
+      sets: rounds take turns between so many sets of operands, two or more, which are [devices, sets, ...] then; None
+        for a single set without that dimension, which stays in a cache if it fits there.
     """
     axes = mesh.axis_names
 
     def per_device(rounds: jax.Array, *operands: jax.Array) -> jax.Array:
         own = tuple(operand[(0,) * len(axes)] for operand in operands)
 
-        def again(_, carry):
-            result = lax.optimization_barrier(body(*carry))
-            first = carry[0]
-            origin = (0,) * first.ndim
-            element = vary(jnp.ravel(result)[0], axes).astype(first.dtype)
-            touched = jnp.reshape(first[origin] + 0 * element, (1,) * first.ndim)
-            return (lax.dynamic_update_slice(first, touched, origin), *carry[1:])
+        def again(_, first):
+            return _touch(first, lax.optimization_barrier(body(first, *own[1:])), axes)
 
-        first, *_ = lax.fori_loop(jnp.int32(0), rounds, again, own)
-        return jnp.reshape(jnp.ravel(first)[0], (1,) * len(axes))
+        def again_in_turns(number, wait):
+            # `wait` is 0, which is known when the round before is done. The operands are not carried, so not copied.
+            turn = ((number + wait) % sets).astype(jnp.int32)
+            picked = (lax.dynamic_index_in_dim(stack, turn, keepdims=False) for stack in own)
+            return _touch(wait, lax.optimization_barrier(body(*picked)), axes)
+
+        if sets is None:
+            last = lax.fori_loop(jnp.int32(0), rounds, again, own[0])
+        else:
+            last = lax.fori_loop(jnp.int32(0), rounds, again_in_turns, vary(jnp.zeros((), jnp.int32), axes))
+        return jnp.reshape(jnp.ravel(last)[0], (1,) * len(axes))
 
     spec = P(*axes)
 
@@ -110,6 +120,13 @@ def looped(body: Body, mesh: Mesh) -> Program:
         return jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=spec)(rounds, *operands)
 
     return jax.jit(program)
+
+
+def _touch(x: jax.Array, result: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """`x`, but not before `result` is there."""
+    element = vary((0 * jnp.ravel(result)[0]).astype(x.dtype), axes)
+    origin = (0,) * x.ndim
+    return lax.dynamic_update_slice(x, jnp.reshape(x[origin] + element, (1,) * x.ndim), origin)
 
 
 def operand(mesh: Mesh, shape: Sequence[int], dtype: str = "float32") -> jax.Array:

@@ -73,6 +73,20 @@ def test_a_loop_runs_its_rounds_on_every_device(num_devices):
     assert len(calls) == 7 * num_devices
 
 
+def test_rounds_take_turns_between_sets_of_operands():
+    mesh = line_of(jax.devices()[:2])
+    seen = []
+
+    def body(x, y):
+        jax.debug.callback(lambda x, y: seen.append((float(x[0]), float(y[0]))), x, y)
+        return x + y
+
+    x, y = (jnp.tile(jnp.arange(3.0).reshape(1, 3, 1) + start, (2, 1, 4)) for start in (0, 10))
+    jax.block_until_ready(looped(body, mesh, sets=3)(np.int32(5), x, y))
+    jax.effects_barrier()
+    assert sorted(seen) == sorted(2 * [(turn, 10.0 + turn) for turn in (0.0, 1.0, 2.0, 0.0, 1.0)])
+
+
 def test_operands_are_small_and_of_both_signs():
     x = operand(line_of(jax.devices()[:2]), (64,), "bfloat16")
     assert x.dtype == jnp.bfloat16
