@@ -1,7 +1,13 @@
-"""A tiny executor with the face of the real one, so that tests of training need no pipeline."""
+"""A tiny executor with the face of the real one, so that tests of training need no pipeline; and bad input for it."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +18,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN, Router
+from piperjax.training import cli, loop
+
+ROOT = Path(__file__).parents[2]
 
 
 class Stats(NamedTuple):
@@ -171,3 +180,80 @@ def bigram():
         batch = staticmethod(make_batch)
 
     return Builders
+
+
+class _BadInput:
+    """What tests of bad input share: a run to begin with, and what must hold after a mistake."""
+
+    RUN = "--model bigram.json --data text --batch 8 --seq 32 --microbatches 2 --devices 1 --set data.cache_dir=cache"
+    DONE = f"{RUN} --steps 6 --out runs/done"
+
+    @staticmethod
+    def contents(directory):
+        return {
+            path.relative_to(directory): path.read_bytes()
+            for path in directory.rglob("*")
+            if path.is_file() and path.name != ".lock" and "cache" not in path.relative_to(directory).parts
+        }
+
+    @staticmethod
+    def assert_one_sentence(capfd, code, words, program="train.py"):
+        error = capfd.readouterr().err
+        assert code == 2, error
+        assert error.startswith(f"{program}: error: ") and error.count("\n") == 1 and error.endswith("\n"), (
+            error
+        )
+        assert all(word in error for word in words), error
+        assert len(error) < 600, "a sentence, not an essay"
+
+    @staticmethod
+    def assert_program_ends_quietly(flags, directory, xla_flags=""):
+        """Runs train.py in `directory`; returns its sentence."""
+        environment = {**os.environ, "XLA_FLAGS": xla_flags}
+        command = [sys.executable, str(ROOT / "train.py"), *flags.split()]
+        result = subprocess.run(
+            command, capture_output=True, text=True, cwd=directory, env=environment, check=False
+        )
+        assert result.returncode == 2
+        assert result.stderr.startswith("train.py: error: ") and result.stderr.count("\n") == 1, result.stderr
+        return result.stderr
+
+
+@pytest.fixture(scope="session")
+def bad_input():
+    return _BadInput
+
+
+@pytest.fixture
+def small_executor(monkeypatch, bigram):
+    def build(model, plan, mesh, dtype):
+        return bigram.executor(model, pipe=plan.pipe, num_devices=plan.data * plan.expert)
+
+    monkeypatch.setattr(loop, "Executor", build)
+    # Nothing is predicted of the small executor.
+    monkeypatch.setattr(loop, "compare", lambda *_, **__: None)
+    monkeypatch.setattr(loop, "compiled_lines", lambda _: "compiled  as predicted")
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    """A directory with a text, a model file, and a run that was saved at steps 2 and 4."""
+    directory = tmp_path_factory.mktemp("workspace")
+    (directory / "text").mkdir()
+    for number in range(8):
+        (directory / f"text/{number}.txt").write_text("to be or not to be, that is the question\n" * 40)
+    return directory
+
+
+@pytest.fixture
+def here(workspace, tmp_path, monkeypatch, small_executor, bigram, capfd):
+    """A copy of the workspace as the current directory; the run is made by the first test that asks."""
+    if not (workspace / "runs").exists():
+        monkeypatch.chdir(workspace)
+        (workspace / "bigram.json").write_text(json.dumps(bigram.model(vocab_size=257).to_dict()))
+        begin = f"{_BadInput.RUN} --steps 4 --out runs/done --set checkpoint.every_steps=2"
+        assert cli.main(begin.split()) == 0
+    shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
+    return tmp_path

@@ -1,81 +1,13 @@
 """Bad input: every mistake is one sentence that says what to do, exit code 2, and nothing overwritten.
 
-A case is a command line, what is broken beforehand, and words of the sentence.
+A case is a command line and words of the sentence. Bad files: test_bad_files.py; bad runs: test_bad_runs.py.
 """
 
-import gc
-import gzip
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
-import tokenizers
 
 from piperjax import __main__ as piperjax_main
-from piperjax.training import cli, loop
-
-ROOT = Path(__file__).parents[2]
-RUN = "--model bigram.json --data text --batch 8 --seq 32 --microbatches 2 --devices 1 --set data.cache_dir=cache"
-DONE = f"{RUN} --steps 6 --out runs/done"
-
-
-@pytest.fixture
-def small_executor(monkeypatch, bigram):
-    def build(model, plan, mesh, dtype):
-        return bigram.executor(model, pipe=plan.pipe, num_devices=plan.data * plan.expert)
-
-    monkeypatch.setattr(loop, "Executor", build)
-    # Nothing is predicted of the small executor.
-    monkeypatch.setattr(loop, "compare", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "compiled_lines", lambda _: "compiled  as predicted")
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory, request):
-    """A directory with a text, a model file, and a run that was saved at steps 2 and 4."""
-    directory = tmp_path_factory.mktemp("workspace")
-    (directory / "text").mkdir()
-    for number in range(8):
-        (directory / f"text/{number}.txt").write_text("to be or not to be, that is the question\n" * 40)
-    return directory
-
-
-@pytest.fixture
-def here(workspace, tmp_path, monkeypatch, small_executor, bigram, capfd):
-    """A copy of the workspace as the current directory; the run is made by the first test that asks."""
-    if not (workspace / "runs").exists():
-        monkeypatch.chdir(workspace)
-        (workspace / "bigram.json").write_text(json.dumps(bigram.model(vocab_size=257).to_dict()))
-        begin = f"{RUN} --steps 4 --out runs/done --set checkpoint.every_steps=2"
-        assert cli.main(begin.split()) == 0
-    shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    capfd.readouterr()
-    return tmp_path
-
-
-def contents(directory):
-    return {
-        path.relative_to(directory): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file() and path.name != ".lock" and "cache" not in path.relative_to(directory).parts
-    }
-
-
-def assert_one_sentence(capfd, code, words, program="train.py"):
-    error = capfd.readouterr().err
-    assert code == 2, error
-    assert error.startswith(f"{program}: error: ") and error.count("\n") == 1 and error.endswith("\n"), error
-    assert all(word in error for word in words), error
-    assert len(error) < 600, "a sentence, not an essay"
-
+from piperjax.training import cli
 
 COMMAND_LINES = [
     ("--modle tiny", ["no flag --modle", "did you mean --model"]),
@@ -164,248 +96,11 @@ COMMAND_LINES = [
 
 
 @pytest.mark.parametrize(("flags", "words"), COMMAND_LINES, ids=[line for line, _ in COMMAND_LINES])
-def test_command_lines(here, capfd, flags, words):
-    before = contents(here)
+def test_command_lines(bad_input, here, capfd, flags, words):
+    before = bad_input.contents(here)
     code = cli.main(f"--set data.cache_dir=cache {flags}".split())
-    assert_one_sentence(capfd, code, words)
-    assert contents(here) == before
-
-
-def write_jsonl(path, *lines):
-    path.write_text("".join(line + "\n" for line in lines))
-
-
-def write_gzip_half(path):
-    content = gzip.compress(b"to be or not to be " * 500)
-    path.write_bytes(content[: len(content) // 2])
-
-
-def write_parquet(path, column):
-    pyarrow.parquet.write_table(pyarrow.table({column: ["a", "b"]}), path)
-
-
-DATA_FILES = [
-    ("missing", "missing.txt", None, ["missing.txt", "no file"]),
-    ("empty", "a.txt", lambda path: path.write_text(""), ["a.txt", "empty"]),
-    ("binary", "a.txt", lambda path: path.write_bytes(b"ab\0cd" * 100), ["a.txt", "binary"]),
-    ("not unicode", "a.txt", lambda path: path.write_bytes(b"caf\xe9 " * 100), ["a.txt", "UTF-8"]),
-    (
-        "broken json",
-        "a.jsonl",
-        lambda path: write_jsonl(path, '{"text": "a"}', '{"text": '),
-        ["a.jsonl", "line 2"],
-    ),
-    ("no field text", "a.jsonl", lambda path: write_jsonl(path, '{"body": "a"}'), ["a.jsonl", "text"]),
-    ("text is a number", "a.jsonl", lambda path: write_jsonl(path, '{"text": 3}'), ["a.jsonl", "line 1"]),
-    ("broken parquet", "a.parquet", lambda path: path.write_bytes(b"PAR1 nothing"), ["a.parquet"]),
-    ("no column text", "a.parquet", lambda path: write_parquet(path, "body"), ["a.parquet", "text"]),
-    ("unknown kind", "a.exe", lambda path: path.write_text("hello"), ["a.exe", ".txt"]),
-    ("empty directory", "nothing", lambda path: path.mkdir(), ["nothing"]),
-    ("glob of nothing", "nothing/*.txt", None, ["nothing/*.txt"]),
-    ("cut off gzip", "a.txt.gz", write_gzip_half, ["a.txt.gz"]),
-    ("not gzip", "a.txt.gz", lambda path: path.write_text("plain text"), ["a.txt.gz"]),
-    ("too little text", "a.txt", lambda path: path.write_text("short"), ["a.txt", "too few", "32"]),
-    ("stray comma", "text,,text", None, ["text,,text", "comma"]),
-]
-
-
-@pytest.mark.parametrize(
-    ("path", "write", "words"), [row[1:] for row in DATA_FILES], ids=[row[0] for row in DATA_FILES]
-)
-def test_data_files(here, capfd, path, write, words):
-    if write is not None:
-        write(here / path)
-    before = contents(here)
-    code = cli.main([*RUN.split(), "--data", path, "--out", "runs/new"])
-    assert_one_sentence(capfd, code, words)
-    assert contents(here) == before and not (here / "runs/new").exists()
-
-
-def write_tokenizer(path, vocabulary):
-    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>")).save(str(path))
-
-
-def large_vocabulary():
-    return {"<unk>": 0, "<|endoftext|>": 1} | {f"word{number}": number for number in range(2, 400)}
-
-
-TOKENIZERS = [
-    ("missing", "none.json", None, ["none.json"]),
-    ("a directory without", "text", None, ["text", "tokenizer.json"]),
-    ("not json", "t.json", lambda path: path.write_text("hello"), ["t.json"]),
-    ("another json", "t.json", lambda path: path.write_text('{"a": 1}'), ["t.json"]),
-    ("binary", "t.json", lambda path: path.write_bytes(bytes(range(256))), ["t.json"]),
-    ("no end of document", "t.json", lambda path: write_tokenizer(path, {"<unk>": 0, "b": 1}), ["end"]),
-    (
-        "too many tokens",
-        "t.json",
-        lambda path: write_tokenizer(path, large_vocabulary()),
-        ["'t.json' has 400 tokens", "vocab_size 257", "--set model.vocab_size=400"],
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("path", "write", "words"), [row[1:] for row in TOKENIZERS], ids=[row[0] for row in TOKENIZERS]
-)
-def test_tokenizers(here, capfd, path, write, words):
-    if write is not None:
-        write(here / path)
-    before = contents(here)
-    code = cli.main([*RUN.split(), "--tokenizer", path, "--out", "runs/new"])
-    assert_one_sentence(capfd, code, words)
-    assert contents(here) == before
-
-
-def write_model(path, change):
-    values = json.loads(path.with_name("bigram.json").read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-MODELS = [
-    ("not json", lambda path: path.write_text("model"), ["m.json is not valid JSON"]),
-    ("a list", lambda path: path.write_text("[]"), ["m.json", "must be an object"]),
-    ("unknown field", lambda path: write_model(path, lambda v: v.update(width=3)), ["no field 'width'"]),
-    (
-        "missing field",
-        lambda path: write_model(path, lambda v: v.pop("d_model")),
-        ["needs the field 'd_model'"],
-    ),
-    ("no layers", lambda path: write_model(path, lambda v: v.update(layers=[])), ["layers"]),
-    (
-        "odd heads",
-        lambda path: write_model(path, lambda v: v["layers"][0]["attention"].update(num_kv_heads=3)),
-        ["num_kv_heads must divide num_heads"],
-    ),
-]
-
-
-@pytest.mark.parametrize(("write", "words"), [row[1:] for row in MODELS], ids=[row[0] for row in MODELS])
-def test_model_files(here, capfd, write, words):
-    write(here / "m.json")
-    code = cli.main([*RUN.split(), "--model", "m.json", "--out", "runs/new"])
-    assert_one_sentence(capfd, code, words)
-    assert not (here / "runs/new").exists()
-
-
-def change_json(path, change):
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps(change(values)))
-
-
-def truncate_arrays(step):
-    for path in (step / "arrays").rglob("d/*"):
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def other_arrays(step):
-    """The description is that of this run, the arrays are of a narrower model."""
-    path = step / "description/metadata"
-    change_json(
-        path, lambda v: v | {"arrays": v["arrays"] | {"params/head": {"shape": [257, 4], "checksum": 1}}}
-    )
-
-
-def swapped_value(step):
-    path = step / "description/metadata"
-
-    def change(values):
-        values["arrays"]["params/head"]["checksum"] += 1
-        return values
-
-    change_json(path, change)
-
-
-def empty_directory(step):
-    shutil.rmtree(step)
-    step.mkdir()
-
-
-GO_BACK = "delete that directory to resume from step 2"
-RUNS = [
-    ("arrays cut off", truncate_arrays, "", ["runs/done/checkpoints/4 is damaged", GO_BACK]),
-    ("arrays gone", lambda step: shutil.rmtree(step / "arrays"), "", ["4 is damaged", GO_BACK]),
-    ("a value changed", swapped_value, "", ["4 is damaged", "params/head differ", GO_BACK]),
-    ("description gone", lambda step: shutil.rmtree(step / "description"), "", ["4 is damaged", GO_BACK]),
-    (
-        "description cut off",
-        lambda step: (step / "description/metadata").write_text('{"for'),
-        "",
-        ["4 is damaged"],
-    ),
-    ("empty directory", empty_directory, "", ["4 is damaged", GO_BACK]),
-    (
-        "a later format",
-        lambda step: change_json(step / "description/metadata", lambda v: v | {"format": 2}),
-        "",
-        ["checkpoints/4 has format 2, but this version reads format 1"],
-    ),
-    (
-        "arrays of another model",
-        other_arrays,
-        "",
-        ["belongs to another model: params/head is [257, 4] there"],
-    ),
-    ("another model", None, "--set model.d_model=16", ["model.d_model was 8, but now it is 16", "--out"]),
-    ("another seed", None, "--seed 9", ["seed was 0, but now it is 9", "--out"]),
-    ("another text", None, "--data text/1.txt", ["data.path was", "text/1.txt", "--out"]),
-    ("another length", None, "--seq 16", ["data.seq_len was 32, but now it is 16"]),
-    ("another batch", None, "--batch 4", ["data.batch_size was 8, but now it is 4"]),
-    (
-        "resume as another model",
-        None,
-        "--resume runs/done --model tiny --set data.cache_dir=cache",
-        ["model.name was"],
-    ),
-    ("resume with another seed", None, "--resume runs/done --seed 3", ["seed was 0, but now it is 3"]),
-    (
-        "run.json is no json",
-        lambda step: (step.parents[1] / "run.json").write_text("{"),
-        "--resume runs/done",
-        ["runs/done/run.json is not valid JSON"],
-    ),
-    (
-        "run.json is empty",
-        lambda step: (step.parents[1] / "run.json").write_text("{}"),
-        "--resume runs/done",
-        ["runs/done/run.json holds no configuration"],
-    ),
-    (
-        "run.json has an unknown field",
-        lambda step: change_json(
-            step.parents[1] / "run.json", lambda v: {"config": v["config"] | {"speed": "fast"}}
-        ),
-        "--resume runs/done",
-        ["run.json", "no field 'speed'"],
-    ),
-    (
-        "metrics are no records",
-        lambda step: (step.parents[1] / "metrics.jsonl").write_text("hello\nworld\n"),
-        "",
-        ["metrics.jsonl line 1 is not a metrics record"],
-    ),
-    (
-        "fewer steps than a pipeline",
-        None,
-        "--pipe 5 --devices 5",
-        ["5 stages needs at least 5 layers, got 4"],
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("damage", "flags", "words"), [row[1:] for row in RUNS], ids=[row[0] for row in RUNS]
-)
-def test_runs_and_checkpoints(here, capfd, damage, flags, words):
-    if damage is not None:
-        damage(here / "runs/done/checkpoints/4")
-    before = contents(here)
-    argv = flags.split() if "--resume" in flags else [*DONE.split(), *flags.split()]
-    code = cli.main(argv + (["--devices", "1"] if "--resume" in flags else []))
-    gc.collect()
-    assert_one_sentence(capfd, code, words)
-    assert contents(here) == before
+    bad_input.assert_one_sentence(capfd, code, words)
+    assert bad_input.contents(here) == before
 
 
 SAMPLES = [
@@ -421,40 +116,29 @@ SAMPLES = [
 
 
 @pytest.mark.parametrize(("flags", "words"), SAMPLES, ids=[line for line, _ in SAMPLES])
-def test_sampling(here, capfd, flags, words):
+def test_sampling(bad_input, here, capfd, flags, words):
     try:
         code = piperjax_main.main(flags.split())
     except SystemExit as error:
         code = error.code
-    assert_one_sentence(capfd, code, words, program="piperjax")
+    bad_input.assert_one_sentence(capfd, code, words, program="piperjax")
 
 
-def test_a_model_that_cannot_be_trained_yet(tmp_path, monkeypatch, capfd):
+def test_a_model_that_cannot_be_trained_yet(bad_input, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("to be or not to be " * 100)
     flags = "--model deepseek_v2_lite --data a.txt --seq 16 --batch 1 --devices 1 --set data.cache_dir=cache"
-    assert_one_sentence(capfd, cli.main(flags.split()), ["LatentAttention", "planned but not yet trained"])
+    bad_input.assert_one_sentence(
+        capfd, cli.main(flags.split()), ["LatentAttention", "planned but not yet trained"]
+    )
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--modle tiny",
-        "--devices 2 --pipe 8",
-        "--data missing.txt",
-        "--resume runs/done --steps 9 --devices 1",
-    ],
-)
-def test_the_program_itself_ends_quietly(here, flags):
-    truncate_arrays(here / "runs/done/checkpoints/4")
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, str(ROOT / "train.py"), *flags.split()]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=here, env=environment, check=False)
-    assert result.returncode == 2
-    assert result.stderr.startswith("train.py: error: ") and result.stderr.count("\n") == 1, result.stderr
+@pytest.mark.parametrize("flags", ["--modle tiny", "--devices 2 --pipe 8", "--data missing.txt"])
+def test_the_program_itself_ends_quietly(bad_input, here, flags):
+    bad_input.assert_program_ends_quietly(flags, here)
 
 
 def test_the_table_is_long_enough():
-    assert sum(map(len, (COMMAND_LINES, DATA_FILES, TOKENIZERS, MODELS, RUNS, SAMPLES))) >= 60
+    assert len(COMMAND_LINES) + len(SAMPLES) >= 60
     assert np.unique([line for line, _ in COMMAND_LINES]).size == len(COMMAND_LINES)
