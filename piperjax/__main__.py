@@ -1,4 +1,4 @@
-"""`python -m piperjax plan | show | simulate | compile | measure | sample`: from a model and a machine to a text."""
+"""`python -m piperjax plan | show | simulate | compile | measure | sample | doctor`: what surrounds training."""
 
 import argparse
 import os
@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from piperjax.doctor import command as doctor_command
 from piperjax.planner import network_command, plan_command
 from piperjax.schedules import show
 from piperjax.training import measure
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_compile(commands)
     sample = commands.add_parser("sample", help="generate text from a run's checkpoint")
     _add_sample_arguments(sample)
+    doctor = commands.add_parser("doctor", help="check this machine before a run")
+    doctor_command.add_arguments(doctor)
     args = parser.parse_args(argv)
     try:
         code = args.run(args)

@@ -24,9 +24,11 @@ PURE = (
     "meshes/fields.py",
     "meshes/platform.py",
     "meshes/writing.py",
+    "piperjax/doctor/*.py",
     "piperjax/schedules/*.py",
     "piperjax/planner/*.py",
     "piperjax/runtime/bounded_process.py",
+    "piperjax/runtime/host_memory.py",
     "piperjax/runtime/xla_flags.py",
     "piperjax/training/config.py",
     "piperjax/training/overrides.py",
@@ -43,6 +45,7 @@ MAY_IMPORT = {
     "piperjax.runtime": ("piperjax.runtime", "piperjax.planner", "piperjax.schedules", *PACKAGES[:2]),
     "piperjax.training": tuple(f"piperjax.{part}" for part in ("training", "runtime", "planner", "schedules"))
     + PACKAGES[:2],
+    "piperjax.doctor": ("piperjax.doctor", "piperjax.runtime", "meshes"),
     "piperjax": PACKAGES,
 }
 

@@ -68,6 +68,14 @@ def test_show_auto_keeps_within_a_limit_and_knows_the_times(capsys):
     assert max(map(int, held)) <= 3
 
 
+def test_doctor_looks_at_this_machine(tmp_path, capsys):
+    code = main(["doctor", "--out", str(tmp_path)])
+    *lines, empty, last = capsys.readouterr().out.splitlines()
+    assert "errors" in last or "1 error" in last
+    assert code == (0 if last.startswith("0 errors") else 2) and empty == ""
+    assert any(line.startswith("ok       packages") for line in lines)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,17 +1,12 @@
 """This file is the machine that a run finds itself on: which platform it is, and how much memory a device has."""
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 
 from meshes.platform import Platform, detect_platform, load_platform
-
-# Where Linux says how much memory the processes of this container may use, in versions 2 and 1 of control groups.
-CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+from piperjax.runtime.host_memory import host_memory_bytes
 
 
 def find_platform(name: str, devices: Sequence[jax.Device]) -> Platform:
@@ -41,18 +36,3 @@ def _memory_bytes(device: jax.Device, sharing: int) -> int | None:
     if device.process_index != jax.process_index():
         return None
     return (device.memory_stats() or {}).get("bytes_limit")
-
-
-def host_memory_bytes(limits: Sequence[str] = CONTAINER_LIMITS) -> int | None:
-    """Memory that this process may use: the computer's, or the container's if that is less; None if unknown."""
-    found = []
-    with suppress(AttributeError, OSError, ValueError):  # Not on every operating system.
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for path in limits:
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():  # Else "max": no limit.
-            found.append(int(text))
-    return min(found, default=None)

@@ -103,6 +103,29 @@ def test_command_lines(bad_input, here, capfd, flags, words):
     assert bad_input.contents(here) == before
 
 
+# XLA_FLAGS, and words of the sentence: XLA itself would abort with a dump of memory.
+XLA_FLAGS = [
+    ("--xla_no_such_flag=1", ["XLA_FLAGS has --xla_no_such_flag=1, which is not known", "take it out"]),
+    (
+        "--xla_gpu_enable_async_collectives=true",
+        ["=true, which was removed from XLA and would end the process"],
+    ),
+    (
+        "--xla_cpu_enable_fast_math=perhaps",
+        ["--xla_cpu_enable_fast_math=perhaps, which is not known, or not with"],
+    ),
+    ("missing-file", ["XLA_FLAGS names the file missing-file", "--name=value"]),
+    ("--xla_dump_to='a", ["a quotation mark that is not closed"]),
+]
+
+
+@pytest.mark.parametrize(("xla_flags", "words"), XLA_FLAGS, ids=[flags for flags, _ in XLA_FLAGS])
+def test_compiler_flags(bad_input, here, xla_flags, words):
+    sentence = bad_input.assert_program_ends_quietly("--model bigram.json --data text", here, xla_flags)
+    assert all(word in sentence for word in words), sentence
+    assert not (here / "runs/bigram").exists()
+
+
 SAMPLES = [
     ("sample", ["--run"]),
     ("sample --run runs/none", ["runs/none is not the directory of a run"]),
@@ -115,8 +138,18 @@ SAMPLES = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "words"), SAMPLES, ids=[line for line, _ in SAMPLES])
-def test_sampling(bad_input, here, capfd, flags, words):
+DOCTOR = [
+    ("doctor --platform fronteir", ["no platform named 'fronteir'", "did you mean 'frontier'"]),
+    ("doctor --platform missing.toml", ["cannot read platform file missing.toml"]),
+    ("doctor --jsn", ["unrecognized arguments: --jsn"]),
+    ("doctor --out", ["--out: expected one argument"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [*SAMPLES, *DOCTOR], ids=[line for line, _ in [*SAMPLES, *DOCTOR]]
+)
+def test_other_commands(bad_input, here, capfd, flags, words):
     try:
         code = piperjax_main.main(flags.split())
     except SystemExit as error:
@@ -140,5 +173,5 @@ def test_the_program_itself_ends_quietly(bad_input, here, flags):
 
 
 def test_the_table_is_long_enough():
-    assert len(COMMAND_LINES) + len(SAMPLES) >= 60
+    assert sum(map(len, (COMMAND_LINES, XLA_FLAGS, SAMPLES, DOCTOR))) >= 85
     assert np.unique([line for line, _ in COMMAND_LINES]).size == len(COMMAND_LINES)

@@ -5,7 +5,7 @@ import pytest
 
 from meshes.platform import load_platform
 from piperjax.training import machine
-from piperjax.training.machine import find_platform, host_memory_bytes
+from piperjax.training.machine import find_platform
 
 
 @pytest.mark.parametrize(("count", "name"), [(8, "cpu8"), (1, "cpu"), (2, "cpu")])
@@ -22,13 +22,3 @@ def test_a_machine_that_is_named_keeps_its_memory():
 def test_memory_that_nobody_tells_stays_unknown(monkeypatch):
     monkeypatch.setattr(machine, "host_memory_bytes", lambda: None)
     assert find_platform("cpu8", jax.devices()) == load_platform("cpu8")
-
-
-def test_a_container_may_have_less_memory_than_the_computer(tmp_path):
-    whole = host_memory_bytes([])
-    assert whole is None or whole > 2**28
-    limit, none = tmp_path / "limit", tmp_path / "none"
-    limit.write_text("268435456\n")
-    none.write_text("max\n")
-    assert host_memory_bytes([str(limit)]) == 2**28
-    assert host_memory_bytes([str(none), str(tmp_path / "missing")]) == whole
