@@ -1,0 +1,234 @@
+"""What is measured on the shaped network, and what the processes of its nodes tell of it.
+
+A cell is one size or one layer; its variants do the same by different means, in turn. A time is taken by all processes
+at once, on one clock, as the nodes are namespaces of one machine: from when the last one begins to when the last ends.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import NamedTuple
+
+ITEM_BYTES = 4
+SAMPLE = "sample "  # Gloo prints lines of its own.
+ALGORITHMS = ("flat", "halo2", "halo3")
+
+
+class Variant(NamedTuple):
+    """One way to dispatch: a dispatcher, its capacity factor (0 drops nothing), and in how many chunks it sends."""
+
+    dispatch: str
+    capacity_factor: float = 0.0
+    chunks: int = 1
+
+    def __str__(self) -> str:
+        capacity = f" capacity {self.capacity_factor:g}" if self.capacity_factor else ""
+        return f"{self.dispatch}{capacity}" + (f" x{self.chunks}" if self.chunks > 1 else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """A raw all-to-all over all devices.
+
+    Attributes:
+      pair_bytes: bytes that every device has for every other.
+      rounds: all-to-alls in a call, one after the other; a time is that of one.
+      repeats: times that are taken of each variant.
+    """
+
+    pair_bytes: int
+    rounds: int = 1
+    repeats: int = 5
+
+    @property
+    def label(self) -> str:
+        """How tables and records call it."""
+        return f"{self.pair_bytes} B per pair"
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the variants."""
+        return ALGORITHMS
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeExchange:
+    """All-to-alls inside every node at the same time: how fast sockets that never leave the machine are.
+
+    Attributes:
+      pair_bytes: bytes that every device has for every other of its node.
+    """
+
+    pair_bytes: int
+    rounds: int = 1
+    repeats: int = 5
+    label: str = "inside the nodes"
+    variants: tuple[str, ...] = ("node",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """Dispatch and combine of a layer whose experts are small, in float32 and forward.
+
+    Attributes:
+      num_experts: routed experts.
+      experts_per_token: experts that a token takes, at random.
+      tokens: tokens of each device.
+      d_model: width.
+      ways: how they are dispatched.
+      repeats: times that are taken of each variant.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    tokens: int
+    d_model: int
+    ways: tuple[Variant, ...]
+    repeats: int = 3
+    rounds: int = 1
+
+    @property
+    def label(self) -> str:
+        """How tables and records call it."""
+        return (
+            f"E={self.num_experts} k={self.experts_per_token}, {self.tokens} tokens of "
+            f"{self.row_bytes} B a device"
+        )
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the variants."""
+        return tuple(str(way) for way in self.ways)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token."""
+        return ITEM_BYTES * self.d_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """Dispatch and combine of a layer whose experts take a part of the time that the wire does.
+
+    Variants are the wire alone (experts that return what they get), the products alone (as many rows, spread evenly),
+    and the layer in 1, 2, ... chunks.
+
+    Attributes:
+      num_experts: routed experts.
+      experts_per_token: experts that a token takes, at random.
+      tokens: tokens of each device.
+      d_model: width.
+      d_ff: width of an expert.
+      dispatch: dispatcher.
+      chunks: numbers of chunks.
+      passes: "forward", or with "backward".
+      repeats: times that are taken of each variant.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    tokens: int
+    d_model: int
+    d_ff: int
+    dispatch: str = "halo2_dedup"
+    chunks: tuple[int, ...] = (1, 2, 4, 8)
+    passes: str = "forward"
+    repeats: int = 5
+    rounds: int = 1
+
+    @property
+    def label(self) -> str:
+        """How tables and records call it."""
+        return f"{self.dispatch}, {self.passes}"
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the variants."""
+        return ("wire", "products", *(f"x{chunks}" for chunks in self.chunks))
+
+
+Cell = Exchange | NodeExchange | Layer | Overlap
+
+_DROPLESS = (
+    Variant("flat"),
+    Variant("halo2"),
+    Variant("halo3"),
+    Variant("halo2_dedup"),
+    Variant("halo2_dedup", chunks=2),
+)
+# Rows of 4 KiB are those of 2,048 elements in bfloat16, as models with 64 experts and 6 of them for a token have.
+SWEEP: tuple[Cell, ...] = (
+    NodeExchange(pair_bytes=131_072),
+    Exchange(pair_bytes=256, rounds=4, repeats=9),
+    Exchange(pair_bytes=1024, rounds=4, repeats=9),
+    Exchange(pair_bytes=4096, rounds=2, repeats=9),
+    Exchange(pair_bytes=16_384),
+    Exchange(pair_bytes=65_536, repeats=3),
+    Layer(
+        num_experts=64,
+        experts_per_token=6,
+        tokens=16,
+        d_model=1024,
+        ways=(*_DROPLESS, Variant("flat", 1.5)),
+    ),
+    Layer(
+        num_experts=256,
+        experts_per_token=8,
+        tokens=8,
+        d_model=512,
+        ways=(*_DROPLESS, Variant("flat", 1.5)),
+    ),
+)
+_OVERLAPPED = dict(num_experts=8, experts_per_token=2, tokens=1024, d_model=1024, d_ff=512)
+OVERLAP = (
+    Overlap(**_OVERLAPPED),
+    Overlap(**_OVERLAPPED, passes="forward and backward", repeats=3),
+)
+CELLS: dict[str, tuple[Cell, ...]] = {"sweep": SWEEP, "overlap": OVERLAP}
+
+
+class Sample(NamedTuple):
+    """One time that one process took: when it began and ended, in seconds on the machine's clock."""
+
+    cell: str
+    variant: str
+    start: float
+    end: float
+
+    def line(self) -> str:
+        """As a line of text."""
+        return SAMPLE + json.dumps(self)
+
+
+def read_samples(printed: str) -> list[Sample]:
+    """Those lines of what a process printed that are samples, in order."""
+    samples = []
+    for line in printed.splitlines():
+        if line.startswith(SAMPLE):
+            cell, variant, start, end = json.loads(line.removeprefix(SAMPLE))
+            samples.append(Sample(cell, variant, start, end))
+    return samples
+
+
+def merge(processes: Sequence[Iterable[Sample]]) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every repeat by cell and variant, from the samples of all processes.
+
+    Raises:
+      ValueError: if the processes did not take the same samples in the same order.
+    """
+    seconds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for samples in zip(*processes, strict=True):
+        names = {sample[:2] for sample in samples}
+        if len(names) != 1:
+            raise ValueError(f"processes must take the same times in the same order, got {sorted(names)}")
+        cell, variant = names.pop()
+        last_start = max(sample.start for sample in samples)
+        seconds[cell][variant].append(max(sample.end for sample in samples) - last_start)
+    return {cell: dict(variants) for cell, variants in seconds.items()}
+
+
+def paired_ratio(slow: Sequence[float], quick: Sequence[float]) -> float:
+    """How many times as long one variant took as the other: the median over pairs taken one after the other."""
+    return median(a / b for a, b in zip(slow, quick, strict=True))

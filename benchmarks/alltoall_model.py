@@ -1,0 +1,162 @@
+"""The shaped network as a platform: what the planner would choose on it, and how well the simulation knows it.
+
+One number is fitted, the CPU seconds of a message, to one point: the flat all-to-all of the smallest size, which is
+nothing but messages. The rate between nodes is the one that was set, less headers; the rate inside is measured alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, log
+from statistics import median
+from typing import NamedTuple
+
+from benchmarks.alltoall_cells import ALGORITHMS, Cell, Exchange, Layer, NodeExchange
+from benchmarks.shaped_network import PAYLOAD_FRACTION
+from meshes.platform import Device, Link, Platform
+from piperjax.planner.dispatchers import Way
+from piperjax.planner.network import all_to_all, best_dispatcher, simulate_all_to_all
+
+Seconds = Mapping[str, Mapping[str, Sequence[float]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A shaped run.
+
+    Attributes:
+      nodes: namespaces.
+      local: devices of each.
+      bytes_per_second: of the link of a node, per direction, headers included.
+      cores: of the machine; they do the work of all devices, sockets included.
+    """
+
+    nodes: int
+    local: int
+    bytes_per_second: float
+    cores: int
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of all nodes."""
+        return self.nodes * self.local
+
+
+class Point(NamedTuple):
+    """A simulated and a measured time of one algorithm at one size."""
+
+    pair_bytes: int
+    algorithm: str
+    simulated_seconds: float
+    measured_seconds: float
+
+    @property
+    def error_factor(self) -> float:
+        """The larger over the smaller."""
+        ratio = self.simulated_seconds / self.measured_seconds
+        return max(ratio, 1 / ratio)
+
+
+class Choice(NamedTuple):
+    """What the planner takes for a cell, and what was the quickest.
+
+    Attributes:
+      cell: label.
+      chosen: variant.
+      best: variant.
+      fraction: seconds of the best over those of the chosen.
+    """
+
+    cell: str
+    chosen: str
+    best: str
+    fraction: float
+
+
+def platform_of(shape: Shape, cells: Sequence[Cell], seconds: Seconds) -> Platform:
+    """The shaped network after its measurements, its one number fitted."""
+    smallest = min((cell for cell in cells if isinstance(cell, Exchange)), key=lambda cell: cell.pair_bytes)
+    inside = next(cell for cell in cells if isinstance(cell, NodeExchange))
+    sent = inside.pair_bytes * (shape.local - 1)
+    return shaped_platform(
+        shape,
+        inside_bytes_per_second=sent / median(seconds[inside.label]["node"]),
+        # The cores post the messages of all devices, so that a device waits for its turn.
+        message_seconds=median(seconds[smallest.label]["flat"]) / (shape.num_devices - 1),
+    )
+
+
+def shaped_platform(shape: Shape, *, inside_bytes_per_second: float, message_seconds: float) -> Platform:
+    """The shaped network, with its rate inside of a node per device, and what a further message costs a device."""
+    alike = dict(latency_seconds=message_seconds, message_seconds=message_seconds)
+    between = shape.bytes_per_second * PAYLOAD_FRACTION / shape.local
+    return Platform(
+        name="namespaces",
+        description="network namespaces of one machine on shaped links",
+        device=Device(),
+        devices_per_node=shape.local,
+        devices_per_nic=shape.local,
+        links=(
+            Link(name="node", devices=shape.local, bytes_per_second=inside_bytes_per_second, **alike),
+            Link(name="wire", devices=shape.num_devices, bytes_per_second=between, **alike),
+        ),
+    )
+
+
+def message_cpu_seconds(platform: Platform, shape: Shape) -> float:
+    """The fitted number: what a message costs a core."""
+    return platform.links[-1].message_seconds * shape.cores / shape.num_devices
+
+
+def simulated(platform: Platform, shape: Shape, cells: Sequence[Cell], seconds: Seconds) -> list[Point]:
+    """Every raw all-to-all over all devices, simulated and measured."""
+    return [
+        Point(
+            cell.pair_bytes,
+            name,
+            # The phases of ours follow one another.
+            simulate_all_to_all(
+                platform, shape.nodes, cell.pair_bytes * shape.num_devices, name, near_beside=False
+            ),
+            median(seconds[cell.label][name]),
+        )
+        for cell in cells
+        if isinstance(cell, Exchange)
+        for name in ALGORITHMS
+    ]
+
+
+def geometric_mean_error(points: Sequence[Point]) -> float:
+    """Geometric mean of the error factors."""
+    return exp(sum(log(point.error_factor) for point in points) / len(points))
+
+
+def choices(platform: Platform, shape: Shape, cells: Sequence[Cell], seconds: Seconds) -> list[Choice]:
+    """What the planner chooses in every cell among what was measured and drops nothing, beside the quickest."""
+    found = []
+    for cell in cells:
+        if isinstance(cell, NodeExchange):
+            continue
+        taken = {name: median(times) for name, times in seconds[cell.label].items() if "capacity" not in name}
+        chosen = _choice(platform, shape, cell)
+        best = min(taken, key=lambda name: taken[name])
+        found.append(Choice(cell.label, chosen, best, taken[best] / taken[chosen]))
+    return found
+
+
+def _choice(platform: Platform, shape: Shape, cell: Exchange | Layer) -> str:
+    factors = (1, shape.nodes, shape.local)
+    if isinstance(cell, Exchange):
+        num_bytes = float(cell.pair_bytes * shape.num_devices)
+        cost = {name: all_to_all(platform, factors, num_bytes, algorithm=name).seconds for name in ALGORITHMS}
+        return min(cost, key=lambda name: cost[name])
+    ways = {Way(way.dispatch, way.chunks): str(way) for way in cell.ways if not way.capacity_factor}
+    way, _ = best_dispatcher(
+        platform,
+        candidates=tuple(ways),
+        expert_factors=factors,
+        tokens=cell.tokens,
+        row_bytes=cell.row_bytes,
+        num_experts=cell.num_experts,
+        experts_per_token=cell.experts_per_token,
+    )
+    return ways[way]

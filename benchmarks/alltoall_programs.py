@@ -1,0 +1,146 @@
+"""The programs of the cells of `benchmarks.alltoall`: all-to-alls, and experts between dispatch and combine."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+
+from benchmarks.alltoall_cells import ITEM_BYTES, Cell, Exchange, Layer, NodeExchange, Overlap, Variant
+from meshes.axes import EXPERT
+from piperjax.runtime.all_to_all import ALL_TO_ALLS
+from piperjax.runtime.dispatch import make_experts
+from piperjax.runtime.grouped_matmul import grouped_matmul
+from piperjax.runtime.stopwatch import operand
+
+SPEC = jax.P(EXPERT)
+# Experts of layers in which the wire is what counts.
+SMALL_D_FF = 16
+
+
+class Program(NamedTuple):
+    """A function of global arrays, and these."""
+
+    function: Callable
+    arguments: tuple[jax.Array, ...]
+
+
+def programs_of(cell: Cell, mesh: Mesh) -> dict[str, Program]:
+    """The program of every variant of a cell."""
+    if isinstance(cell, Layer):
+        arguments = layer_arguments(cell, mesh, d_ff=SMALL_D_FF)
+        return {str(way): Program(dispatching(cell, way, mesh, ffn), arguments) for way in cell.ways}
+    if isinstance(cell, Overlap):
+        return _overlapping(cell, mesh)
+    devices = mesh.size if isinstance(cell, Exchange) else mesh.shape[EXPERT[-1]]
+    rows = (operand(mesh, (devices, cell.pair_bytes // ITEM_BYTES)),)
+    if isinstance(cell, NodeExchange):
+        return {"node": Program(_repeated(_inside, 1, mesh), rows)}
+    return {
+        name: Program(_repeated(ALL_TO_ALLS[name].move, cell.rounds, mesh), rows) for name in cell.variants
+    }
+
+
+def _inside(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return lax.all_to_all(x, axes[-1], 0, 0, tiled=True)
+
+
+def _repeated(move: Callable, rounds: int, mesh: Mesh) -> Callable:
+    """Applies an all-to-all to rows [*mesh, P, W] again and again."""
+    axes = mesh.axis_names
+
+    def per_device(x):
+        rows = x[(0,) * len(axes)]
+        for _ in range(rounds):
+            rows = lax.optimization_barrier(move(rows, EXPERT))
+        return rows[(None,) * len(axes)]
+
+    return jax.shard_map(per_device, mesh=mesh, in_specs=jax.P(*axes), out_specs=jax.P(*axes))
+
+
+# --- layers of experts -----------------------------------------------------------------------------------------
+
+
+def ffn(rows, sizes, w_in, w_out):
+    """Per device: two products around a nonlinearity, rows [R, D] grouped by expert."""
+    return grouped_matmul(jnp.tanh(grouped_matmul(rows, w_in, sizes)), w_out, sizes)
+
+
+def untouched(rows, *_, **__):
+    """Per device: experts that return what they get, and need no time."""
+    return rows
+
+
+def layer_arguments(cell: Layer | Overlap, mesh: Mesh, *, d_ff: int) -> tuple[jax.Array, ...]:
+    """Tokens [P T, D], experts [P T, k], gates [P T, k] and weights [E, D, F], [E, F, D], the same on every mesh."""
+    E, k, T, D = cell.num_experts, cell.experts_per_token, cell.tokens * mesh.size, cell.d_model
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((T, E)), axis=1)[:, :k].astype(np.int32)
+    shapes = (T, D), (T, k), (E, D, d_ff), (E, d_ff, D)
+    x, gates, w_in, w_out = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    w_in, w_out = w_in / np.sqrt(np.float32(D)), w_out / np.sqrt(np.float32(d_ff))
+    return tuple(globally(array, mesh) for array in (x, ids, gates, w_in, w_out))
+
+
+def globally(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array split over all devices by its first dimension, every process giving its part."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, SPEC), lambda at: array[at])
+
+
+def dispatching(cell: Layer | Overlap, way: Variant, mesh: Mesh, products: Callable) -> Callable:
+    """(x, ids, gates, w_in, w_out) -> (y [P T, D], rows dropped on each device [P])."""
+    experts = make_experts(way.dispatch, EXPERT, way.capacity_factor, chunks=way.chunks)
+
+    def per_device(x, ids, gates, w_in, w_out):
+        own = partial(products, w_in=w_in, w_out=w_out)
+        y, dropped = experts(own, x, ids, gates, cell.num_experts)
+        return y, dropped[None]
+
+    return jax.shard_map(per_device, mesh=mesh, in_specs=(SPEC,) * 5, out_specs=(SPEC, SPEC))
+
+
+def _overlapping(cell: Overlap, mesh: Mesh) -> dict[str, Program]:
+    arguments = layer_arguments(cell, mesh, d_ff=cell.d_ff)
+    both = "backward" in cell.passes
+
+    def program(chunks: int, products: Callable) -> Program:
+        layer = dispatching(cell, Variant(cell.dispatch, 0.0, chunks), mesh, products)
+        return Program(_with_gradients(layer) if both else layer, arguments)
+
+    programs = {"wire": program(1, untouched), "products": _products(cell, mesh, arguments, both=both)}
+    return programs | {f"x{chunks}": program(chunks, ffn) for chunks in cell.chunks}
+
+
+def _with_gradients(layer: Callable) -> Callable:
+    """Result and gradients of half the sum of squares."""
+
+    def loss(x, gates, w_in, w_out, ids):
+        y, _ = layer(x, ids, gates, w_in, w_out)
+        return 0.5 * jnp.sum(y * y), y
+
+    def both(x, ids, gates, w_in, w_out):
+        return jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(x, gates, w_in, w_out, ids)
+
+    return both
+
+
+def _products(cell: Overlap, mesh: Mesh, arguments: tuple[jax.Array, ...], *, both: bool) -> Program:
+    """The experts alone: T k rows on every device, an equal number for each of its experts."""
+    rows = cell.tokens * cell.experts_per_token
+    here = cell.num_experts // mesh.size
+    sizes = np.full(here, rows // here, np.int32)
+
+    def per_device(x, w_in, w_out):
+        copies = jnp.concatenate([x] * cell.experts_per_token)
+        if not both:
+            return ffn(copies, sizes, w_in, w_out)
+        y, pull = jax.vjp(lambda *args: ffn(args[0], sizes, *args[1:]), copies, w_in, w_out)
+        return pull(y)
+
+    x, _, _, w_in, w_out = arguments
+    function = jax.shard_map(per_device, mesh=mesh, in_specs=(SPEC,) * 3, out_specs=SPEC)
+    return Program(function, (x, w_in, w_out))
