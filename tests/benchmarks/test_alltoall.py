@@ -146,7 +146,7 @@ def test_a_wrong_choice_misses_its_bar():
     seconds = made_up(flat=0.9)
     platform = model.platform_of(SHAPE, CELLS_OF_TEST, seconds)
     layer = model.choices(platform, SHAPE, CELLS_OF_TEST, seconds)[-1]
-    assert layer.best == "flat" and layer.fraction == pytest.approx(0.9, rel=0.02) < 0.95
+    assert layer.best == "flat" and 0.88 < layer.fraction < 0.92
 
 
 def test_what_is_hidden_is_what_the_layer_is_shorter_by():
