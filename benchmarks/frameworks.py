@@ -52,7 +52,6 @@ class Run:
       dtype: of products.
       memory_mode: what is recomputed, as in a plan.
       capacity_factor: rows of an expert over the balanced number; 0 drops nothing.
-      node_limit: nodes that routing allows a token; None for all.
       gathers_parameters: whether each layer is gathered for each pass and its gradients scattered (FSDP), exposed.
     """
 
@@ -72,7 +71,6 @@ class Run:
     dtype: str = "bfloat16"
     memory_mode: str = "stash"
     capacity_factor: float = 0.0
-    node_limit: int | None = None
     gathers_parameters: bool = False
 
     def __post_init__(self):
@@ -182,7 +180,6 @@ def _priced(run: Run, layer: LayerConfig, *, expert_stride: int = 1, imbalance: 
         imbalance=imbalance,
         capacity_factor=run.capacity_factor,
         tensor=run.tensor,
-        node_limit=run.node_limit,
     )
 
 

@@ -27,7 +27,6 @@ BRIDGE_HOPPER_EXPOSED = 0.65
 # use plain all-to-alls.
 DROPPING = Software(streams=0.9, exposed=1.0, dispatcher="flat")
 # Groups of experts that routing limits a token to; recipes put one on each node.
-NODE_LIMITS = {"deepseek_v3": 4}
 # Primus: seconds that the host needs for a layer; with less than two sequences of 4,096 tokens on a device, steps of
 # DeepSeek-V2-Lite do not become shorter. DeepEP hides or saves this part of the exchanges.
 PRIMUS_HOST_SECONDS = 14e-3
@@ -185,7 +184,6 @@ def _bridge(row: Mapping[str, Any], source: str) -> Record:
         seq_len=_whole(row, "seq"),
         dtype=_dtype(row.get("precision", "BF16")),
         capacity_factor=1.0 if drops else 0.0,
-        node_limit=NODE_LIMITS.get(model.name),
         software=DROPPING if drops else software,
     )
     label = f"{row['model']} {row.get('precision', '')} {row['devices']} devices {release.group(0) if release else ''}"

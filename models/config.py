@@ -8,10 +8,11 @@ README: D d_model, N query heads, K key-value heads, H head_dim, F d_ff, E exper
 import dataclasses
 import difflib
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from models.checks import check_choice, check_counts, check_even, check_numbers, check_part, short
 
 QKNorm = Literal["none", "head", "full"]
 AttentionBias = Literal["none", "qkv", "all"]
@@ -44,17 +45,17 @@ class GroupedQueryAttention:
     bias: AttentionBias = "none"
 
     def __post_init__(self) -> None:
-        _check_counts(self, "num_heads", "num_kv_heads", "head_dim")
-        _check_numbers(self, "rope_theta")
-        _check_choice(self, "qk_norm", QKNorm)
-        _check_choice(self, "bias", AttentionBias)
+        check_counts(self, "num_heads", "num_kv_heads", "head_dim")
+        check_numbers(self, "rope_theta")
+        check_choice(self, "qk_norm", QKNorm)
+        check_choice(self, "bias", AttentionBias)
         if self.num_heads % self.num_kv_heads:
             divisors = [count for count in range(1, self.num_heads + 1) if self.num_heads % count == 0]
             raise ValueError(
                 f"num_kv_heads must divide num_heads, got {self.num_kv_heads} key-value heads for "
                 f"{self.num_heads} heads; use one of {divisors}"
             )
-        _check_even(self, "head_dim")
+        check_even(self, "head_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +81,10 @@ class LatentAttention:
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:
-        _check_counts(self, "num_heads", "kv_rank", "nope_dim", "rope_dim", "v_dim")
-        _check_counts(self, "q_rank", at_least=0)
-        _check_numbers(self, "rope_theta")
-        _check_even(self, "rope_dim")
+        check_counts(self, "num_heads", "kv_rank", "nope_dim", "rope_dim", "v_dim")
+        check_counts(self, "q_rank", at_least=0)
+        check_numbers(self, "rope_theta")
+        check_even(self, "rope_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +100,8 @@ class DenseFFN:
     num_matrices: Literal[2, 3] = 3
 
     def __post_init__(self) -> None:
-        _check_counts(self, "d_ff")
-        _check_choice(self, "num_matrices", Literal[2, 3])
+        check_counts(self, "d_ff")
+        check_choice(self, "num_matrices", Literal[2, 3])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,10 @@ class Router:
       aux_loss_coefficient: weight of the load-balancing loss, used when balance is "aux_loss".
       z_loss_coefficient: weight of mean(logsumexp(logits)^2) (ST-MoE, arXiv:2202.08906 section 3.3).
       bias_update_rate: step of the balancing bias, used when balance is "bias".
+      num_groups: groups of consecutive experts; with several, a token chooses groups first (arXiv:2412.19437 section
+        2.1.2), so that its experts are on few nodes.
+      groups_per_token: groups that a token chooses; its k experts are the best of theirs.
+      scored_per_group: best experts whose scores add up to that of their group: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
     """
 
     score: Score = "softmax"
@@ -125,14 +130,22 @@ class Router:
     aux_loss_coefficient: float = 0.01
     z_loss_coefficient: float = 0.0
     bias_update_rate: float = 0.001
+    num_groups: int = 1
+    groups_per_token: int = 1
+    scored_per_group: int = 2
 
     def __post_init__(self) -> None:
-        _check_choice(self, "score", Score)
-        _check_choice(self, "gates", Gates)
-        _check_choice(self, "balance", Balance)
-        _check_numbers(self, "scaling_factor")
+        check_counts(self, "num_groups", "groups_per_token", "scored_per_group")
+        if self.groups_per_token > self.num_groups:
+            raise ValueError(
+                f"groups_per_token must not exceed num_groups, got {self.groups_per_token} of {self.num_groups} groups"
+            )
+        check_choice(self, "score", Score)
+        check_choice(self, "gates", Gates)
+        check_choice(self, "balance", Balance)
+        check_numbers(self, "scaling_factor")
         coefficients = ("aux_loss_coefficient", "z_loss_coefficient", "bias_update_rate")
-        _check_numbers(self, *coefficients, zero="allowed")
+        check_numbers(self, *coefficients, zero="allowed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,11 +173,11 @@ class MoEFFN:
     shared_gate: SharedGate = "none"
 
     def __post_init__(self) -> None:
-        _check_counts(self, "num_experts", "experts_per_token", "d_ff")
-        _check_counts(self, "shared_d_ff", "dense_residual_d_ff", at_least=0)
-        _check_choice(self, "num_matrices", Literal[2, 3])
-        _check_choice(self, "shared_gate", SharedGate)
-        _check_part(self, "router", Router)
+        check_counts(self, "num_experts", "experts_per_token", "d_ff")
+        check_counts(self, "shared_d_ff", "dense_residual_d_ff", at_least=0)
+        check_choice(self, "num_matrices", Literal[2, 3])
+        check_choice(self, "shared_gate", SharedGate)
+        check_part(self, "router", Router)
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"experts_per_token must not exceed num_experts, got {self.experts_per_token} of "
@@ -173,6 +186,23 @@ class MoEFFN:
         if self.shared_gate == "sigmoid" and self.shared_d_ff == 0:
             raise ValueError(
                 "shared_gate 'sigmoid' needs a shared expert, got shared_d_ff 0; set shared_d_ff"
+            )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        groups, chosen = self.router.num_groups, self.router.groups_per_token
+        if self.num_experts % groups:
+            raise ValueError(f"num_groups must divide the {self.num_experts} experts, got {groups} groups")
+        inside = self.num_experts // groups
+        if groups > 1 and inside < self.router.scored_per_group:
+            raise ValueError(
+                f"a group needs the {self.router.scored_per_group} experts that its score is made of, got {inside}; "
+                "lower num_groups or scored_per_group"
+            )
+        if chosen * inside < self.experts_per_token:
+            raise ValueError(
+                f"the {self.experts_per_token} experts of a token must be in its {chosen} groups of {inside}, "
+                "which is too few; raise groups_per_token"
             )
 
 
@@ -184,8 +214,8 @@ class LayerConfig:
     ffn: DenseFFN | MoEFFN
 
     def __post_init__(self) -> None:
-        _check_part(self, "attention", GroupedQueryAttention, LatentAttention)
-        _check_part(self, "ffn", DenseFFN, MoEFFN)
+        check_part(self, "attention", GroupedQueryAttention, LatentAttention)
+        check_part(self, "ffn", DenseFFN, MoEFFN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,15 +247,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name of a ModelConfig must be a non-empty string, got {self.name!r}")
-        _check_counts(self, "d_model", "vocab_size")
-        _check_counts(self, "prediction_layers", at_least=0)
-        _check_numbers(self, "norm_eps", "init_std")
-        _check_choice(self, "embeddings", Embeddings)
+        check_counts(self, "d_model", "vocab_size")
+        check_counts(self, "prediction_layers", at_least=0)
+        check_numbers(self, "norm_eps", "init_std")
+        check_choice(self, "embeddings", Embeddings)
         if not isinstance(self.layers, tuple) or not self.layers:
-            raise ValueError(f"layers must be a non-empty tuple of LayerConfig, got {_short(self.layers)}")
+            raise ValueError(f"layers must be a non-empty tuple of LayerConfig, got {short(self.layers)}")
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, LayerConfig):
-                raise ValueError(f"layers must hold LayerConfig only, got {_short(layer)} at layer {index}")
+                raise ValueError(f"layers must hold LayerConfig only, got {short(layer)} at layer {index}")
         for name in ("num_experts", "experts_per_token"):
             found = {getattr(ffn, name) for ffn in self._moe_ffns()}
             if len(found) > 1:
@@ -326,7 +356,7 @@ class ModelConfig:
         fields = _fields_of(cls, value, where="model")
         runs = fields["layers"]
         if not isinstance(runs, list | tuple):
-            raise ValueError(f"model.layers must be a list of layers, got {_short(runs)}")
+            raise ValueError(f"model.layers must be a list of layers, got {short(runs)}")
         layers = [_layers_from_dict(run, where=f"model.layers[{index}]") for index, run in enumerate(runs)]
         fields["layers"] = tuple(itertools.chain.from_iterable(layers))
         return cls(**fields)
@@ -356,7 +386,7 @@ def _layers_from_dict(value: Any, *, where: str) -> list[LayerConfig]:
 def _part_from_dict(types: Mapping[str, type], value: Any, *, where: str) -> Any:
     """Builds the attention or feed-forward part that the key "type" names."""
     if not isinstance(value, Mapping) or "type" not in value:
-        raise ValueError(f"{where} must be an object with a 'type' ({', '.join(types)}), got {_short(value)}")
+        raise ValueError(f"{where} must be an object with a 'type' ({', '.join(types)}), got {short(value)}")
     if value["type"] not in types:
         raise ValueError(f"{where}.type must be one of {', '.join(types)}, got {value['type']!r}")
     cls = types[value["type"]]
@@ -369,7 +399,7 @@ def _part_from_dict(types: Mapping[str, type], value: Any, *, where: str) -> Any
 def _fields_of(cls: type, value: Any, *, where: str) -> dict[str, Any]:
     """Returns the keyword arguments for `cls`, after checking that each exists and none is missing."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where} must be an object, got {_short(value)}")
+        raise ValueError(f"{where} must be an object, got {short(value)}")
     known = {entry.name: entry for entry in dataclasses.fields(cls)}
     for name in value:
         if name not in known:
@@ -381,47 +411,3 @@ def _fields_of(cls: type, value: Any, *, where: str) -> dict[str, Any]:
             found = ", ".join(map(str, value)) or "none"
             raise ValueError(f"{where} needs the field '{name}'; it has {found}")
     return dict(value)
-
-
-def _check_counts(owner: Any, *names: str, at_least: int = 1) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if type(value) is not int or value < at_least:
-            rule = f"must be a whole number of at least {at_least}"
-            raise ValueError(f"{name} of a {type(owner).__name__} {rule}, got {value!r}")
-
-
-def _check_numbers(owner: Any, *names: str, zero: Literal["allowed", "refused"] = "refused") -> None:
-    for name in names:
-        value = getattr(owner, name)
-        is_number = type(value) in (int, float) and math.isfinite(value)
-        if not is_number or value < 0 or (value == 0 and zero == "refused"):
-            rule = "a positive number" if zero == "refused" else "a number of at least 0"
-            raise ValueError(f"{name} of a {type(owner).__name__} must be {rule}, got {value!r}")
-
-
-def _check_choice(owner: Any, name: str, choices: Any) -> None:
-    value = getattr(owner, name)
-    if (type(value), value) not in [(type(choice), choice) for choice in get_args(choices)]:
-        allowed = ", ".join(repr(choice) for choice in get_args(choices))
-        raise ValueError(f"{name} of a {type(owner).__name__} must be one of {allowed}, got {value!r}")
-
-
-def _check_even(owner: Any, name: str) -> None:
-    value = getattr(owner, name)
-    if value % 2:
-        raise ValueError(
-            f"{name} must be even because rotary embedding turns pairs of features, "
-            f"got {value}; use {value + 1}"
-        )
-
-
-def _check_part(owner: Any, name: str, *types: type) -> None:
-    if not isinstance(value := getattr(owner, name), types):
-        names = " or ".join(cls.__name__ for cls in types)
-        raise ValueError(f"{name} of a {type(owner).__name__} must be a {names}, got {_short(value)}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -18,17 +18,33 @@ def route(logits: jax.Array, bias: jax.Array, *, k: int, router: Router) -> tupl
     """Chooses k distinct experts for every token, lowest index first among equals.
 
     `logits` [T, E] and `bias` [E] in at least float32. Returns `(expert_ids [T, k] int32, gates [T, k])`,
-    best expert first. The bias moves the choice, never a gate.
+    best expert first. The bias moves the choice, never a gate. With groups, experts of others than the chosen
+    groups are never taken.
     """
     scores = _scores(logits, router)
     selection = jax.lax.stop_gradient(scores)
     if router.balance == "bias":
         selection = selection + jax.lax.stop_gradient(bias).astype(scores.dtype)[None, :]
+    if router.groups_per_token < router.num_groups:
+        selection = _within_chosen_groups(selection, router)
     _, expert_ids = jax.lax.top_k(selection, k)
     gates = jnp.sum(jnp.where(_chosen(expert_ids, scores.shape[1]), scores[:, None, :], 0), axis=-1)
     if router.gates == "normalized":
         gates = gates / (jnp.sum(gates, axis=-1, keepdims=True) + jnp.finfo(gates.dtype).tiny)
     return expert_ids, gates * router.scaling_factor
+
+
+def _within_chosen_groups(selection: jax.Array, router: Router) -> jax.Array:
+    """Lowers experts outside of the best groups to -inf: [T, E] -> [T, E].
+
+    The score of a group is the sum of its best experts' (DeepSeek-V3, arXiv:2412.19437 section 2.1.2); of equal
+    groups the first is taken.
+    """
+    groups = selection.reshape(selection.shape[0], router.num_groups, -1)  # [T, G, E / G]
+    best, _ = jax.lax.top_k(groups, router.scored_per_group)
+    _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), router.groups_per_token)
+    is_chosen = jnp.any(_chosen(chosen, router.num_groups), axis=1)
+    return jnp.where(is_chosen[:, :, None], groups, -jnp.inf).reshape(selection.shape)
 
 
 def balance_loss(
@@ -66,7 +82,7 @@ def _scores(logits: jax.Array, router: Router) -> jax.Array:
 
 
 def _chosen(expert_ids: jax.Array, num_experts: int) -> jax.Array:
-    """Returns [T, k, E] bool, true where slot k of a token is expert E."""
+    """Returns [T, k, E] bool, true where slot k of a token is expert E (or group E)."""
     return expert_ids[:, :, None] == jnp.arange(num_experts, dtype=expert_ids.dtype)[None, None, :]
 
 

@@ -150,8 +150,15 @@ def deepseek_moe_16b() -> ModelConfig:
 
 
 def deepseek_v2() -> ModelConfig:
-    """DeepSeek-V2, 236B parameters, 21B active (arXiv:2405.04434). Left out: routing to 3 groups at most."""
-    router = Router(gates="raw", scaling_factor=16.0, aux_loss_coefficient=0.003)
+    """DeepSeek-V2, 236B parameters, 21B active (arXiv:2405.04434)."""
+    router = Router(
+        gates="raw",
+        scaling_factor=16.0,
+        aux_loss_coefficient=0.003,
+        num_groups=8,
+        groups_per_token=3,
+        scored_per_group=1,
+    )
     moe = MoEFFN(num_experts=160, experts_per_token=6, d_ff=1536, shared_d_ff=2 * 1536, router=router)
     layers = _layers(_latent(128), DenseFFN(d_ff=12288), moe, num_dense=1, num_layers=60)
     return ModelConfig(name="deepseek_v2", d_model=5120, vocab_size=102_400, layers=layers, norm_eps=1e-6)
@@ -170,11 +177,10 @@ def deepseek_v2_lite() -> ModelConfig:
 def deepseek_v3() -> ModelConfig:
     """DeepSeek-V3, 671B parameters, 37.6B active (arXiv:2412.19437).
 
-    Left out: the multi-token prediction layer, routing limited to 4 of 8 groups, the per-sequence loss.
+    Left out: the multi-token prediction layer, the per-sequence loss.
     """
-    moe = MoEFFN(
-        num_experts=256, experts_per_token=8, d_ff=2048, shared_d_ff=2048, router=_bias_balanced(2.5)
-    )
+    router = _bias_balanced(2.5, num_groups=8, groups_per_token=4)
+    moe = MoEFFN(num_experts=256, experts_per_token=8, d_ff=2048, shared_d_ff=2048, router=router)
     layers = _layers(_latent(128), DenseFFN(d_ff=18432), moe, num_dense=3, num_layers=61)
     return ModelConfig(name="deepseek_v3", d_model=7168, vocab_size=129_280, layers=layers, norm_eps=1e-6)
 
@@ -329,9 +335,15 @@ def _latent(num_heads: int, *, q_rank: int = 1536, rope_theta: float = 10_000.0)
     )
 
 
-def _bias_balanced(scaling_factor: float) -> Router:
+def _bias_balanced(scaling_factor: float, *, num_groups: int = 1, groups_per_token: int = 1) -> Router:
     """Returns the router of DeepSeek-V3: sigmoid scores, normalised gates, balancing bias, no loss."""
-    return Router(score="sigmoid", balance="bias", scaling_factor=scaling_factor)
+    return Router(
+        score="sigmoid",
+        balance="bias",
+        scaling_factor=scaling_factor,
+        num_groups=num_groups,
+        groups_per_token=groups_per_token,
+    )
 
 
 def _llama4_attention() -> GroupedQueryAttention:

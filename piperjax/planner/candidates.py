@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from meshes.axes import divisors
 from meshes.platform import Platform
 from models.config import ModelConfig
-from piperjax.planner.dispatchers import SEARCHED_DISPATCH_CHUNKS, Way, check_chunks, named, ways
+from piperjax.planner.dispatchers import SEARCHED_DISPATCH_CHUNKS, Way, named, ways
 from piperjax.planner.plan import MEMORY_MODES, VOCABULARY
 from piperjax.schedules import registry
 
@@ -86,8 +86,8 @@ class Question:
                 raise ValueError(f"{name} must be at least 1, got {self.wished[name]}")
         for name in self.dispatchers:
             named(name)
-        if not dispatch_ways(self):
-            check_chunks(self.wished.get("dispatch", self.dispatchers[0]), self.wished["dispatch_chunks"])
+        if "dispatch" in self.wished:
+            named(self.wished["dispatch"])
         if "num_chunks" in self.wished and "schedule" in self.wished:
             registry.chunks_of(self.wished["schedule"], self.wished["num_chunks"])
 

@@ -181,6 +181,8 @@ def _way(model, platform, share: Share, expert_factors, candidates: tuple[Way, .
         row_bytes=model.d_model * share.itemsize,
         num_experts=moe.num_experts,
         experts_per_token=moe.experts_per_token,
+        num_groups=moe.router.num_groups,
+        groups_per_token=moe.router.groups_per_token,
         imbalance=imbalance,
         capacity_factor=share.capacity_factor,
     )

@@ -246,8 +246,7 @@ def halo(
         raise ValueError(f"phases that are not striped can be cut into chunks, one or more, got {chunks}")
     layout = layout_of(platform, group_or_factors)
     local, num_nodes = layout.local, layout.size // layout.local
-    within = tuple(max(0, min(n, local) - min(inner, local)) for inner, n in layout.steps)
-    beyond = tuple(max(0, n - max(inner, local)) // local for inner, n in layout.steps)
+    within, beyond = _peers(layout)
     if num_nodes == 1:
         seconds, sent = _messages(platform, within, near_bytes / local)
         return _transfer(platform, seconds, sent, own_bytes=near_bytes / local)
@@ -268,6 +267,33 @@ def halo(
         seconds = _larger(crossed + spread / chunks, crossed / chunks + spread)
     sent = [sum(parts) for parts in zip(sent_first, sent_far, sent_last, strict=True)]
     return _transfer(platform, seconds, sent, own_bytes=near_bytes / local)
+
+
+def inside_nodes(
+    platform: Platform, group_or_factors: Group | tuple[int, int, int], num_bytes: Any
+) -> Transfer:
+    """Every device sends `num_bytes` in equal parts to the members of its node, itself included."""
+    layout = layout_of(platform, group_or_factors)
+    part = num_bytes / layout.local
+    within, _ = _peers(layout)
+    return _transfer(platform, *_messages(platform, within, part), own_bytes=part)
+
+
+def between_nodes(
+    platform: Platform, group_or_factors: Group | tuple[int, int, int], num_bytes: Any
+) -> Transfer:
+    """Every device sends `num_bytes` in equal parts to the devices of its local index in all nodes, itself included."""
+    layout = layout_of(platform, group_or_factors)
+    part = num_bytes * layout.local / layout.size
+    _, beyond = _peers(layout)
+    return _transfer(platform, *_messages(platform, beyond, part), own_bytes=part)
+
+
+def _peers(layout: Layout) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Other members of the node by level, and nodes beyond it by level."""
+    within = tuple(max(0, min(n, layout.local) - min(inner, layout.local)) for inner, n in layout.steps)
+    beyond = tuple(max(0, n - max(inner, layout.local)) // layout.local for inner, n in layout.steps)
+    return within, beyond
 
 
 def _messages(

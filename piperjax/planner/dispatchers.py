@@ -31,11 +31,6 @@ class Dispatcher:
                 "use halo2 or halo3 to de-duplicate"
             )
 
-    @property
-    def can_be_cut(self) -> bool:
-        """Whether tokens may travel in chunks, so that one is between nodes while another is at its experts."""
-        return self.algorithm == "halo2"
-
 
 DISPATCHERS = {
     dispatcher.name: dispatcher
@@ -65,13 +60,8 @@ class Way(NamedTuple):
 
 
 def ways(dispatchers: Iterable[str], chunks: Iterable[int] = SEARCHED_DISPATCH_CHUNKS) -> tuple[Way, ...]:
-    """Every dispatcher with every number of chunks that it can send in."""
-    return tuple(
-        Way(name, number)
-        for name in dispatchers
-        for number in chunks
-        if number == 1 or named(name).can_be_cut
-    )
+    """Every dispatcher with every number of chunks."""
+    return tuple(Way(name, number) for name in dispatchers for number in chunks)
 
 
 def named(dispatcher: str) -> Dispatcher:
@@ -89,20 +79,14 @@ def named(dispatcher: str) -> Dispatcher:
 
 
 def check_chunks(dispatcher: str, chunks: int, tokens: int | None = None) -> None:
-    """Checks that a dispatcher can send the tokens of a microbatch on a device in so many chunks.
+    """Checks that there is such a dispatcher, and that the tokens of a microbatch on a device divide into its chunks.
 
     Raises:
-      ValueError: if there is no such dispatcher, it cannot, or the tokens do not divide.
+      ValueError: if there is not, or they do not.
     """
-    way = named(dispatcher)
+    named(dispatcher)
     if chunks < 1:
         raise ValueError(f"dispatch_chunks must be at least 1, got {chunks}")
-    if chunks > 1 and not way.can_be_cut:
-        able = " or ".join(name for name, other in DISPATCHERS.items() if other.can_be_cut)
-        raise ValueError(
-            f"only {able} sends tokens in chunks, got dispatch_chunks = {chunks} for dispatcher {dispatcher!r}; "
-            "use one of these, or leave dispatch_chunks at 1"
-        )
     if tokens is not None and tokens % chunks:
         near = max(number for number in range(1, chunks) if tokens % number == 0)
         raise ValueError(

@@ -39,8 +39,8 @@ class Plan:
         "layer", also what expert dispatch sends and returns ("named"), the results of all matrix products but
         those inside attention ("products"), or every intermediate result ("stash").
       dispatch: name of the dispatcher.
-      dispatch_chunks: parts in which the tokens of a microbatch travel to their experts, so that one is between nodes
-        while another is at its experts; only for dispatchers that can.
+      dispatch_chunks: parts in which the tokens of a microbatch travel to their experts, so that one is on its way
+        while another is at its experts.
       capacity_factor: rows per destination over the balanced number; 0 means dropless.
       vocabulary: embedding, head and loss "split" over the pipe ranks, or "whole" on the ranks of the first and last
         stage. Split stores 1 / pipe of them and makes no stage slower, for four exchanges of activations.

@@ -25,10 +25,10 @@ from piperjax.planner.candidates import (
 )
 from piperjax.planner.cells import Cell, groups, layers_by_flop, memory_backend
 from piperjax.planner.dispatchers import Way
+from piperjax.planner.layer_time import HIDDEN_FRACTION
 from piperjax.planner.memory import Layout, is_straight, rank_memory
 from piperjax.planner.plan import RECOMPUTING_MODES, Plan
 from piperjax.planner.shared_cores import fresh_seconds
-from piperjax.planner.timing import HIDDEN_FRACTION
 from piperjax.schedules import registry
 from piperjax.schedules.profile import Profile, profile
 

@@ -14,7 +14,7 @@ import numpy as np
 from meshes.platform import Platform
 from models import cost
 from models.config import ModelConfig, MoEFFN
-from piperjax.planner.layer_time import LayerSeconds, layer_seconds
+from piperjax.planner.layer_time import HIDDEN_FRACTION, LayerSeconds, layer_seconds
 from piperjax.planner.memory import estimate_memory
 from piperjax.planner.network import Rows, all_reduce, axis_group, dispatch_transfer, permute
 from piperjax.planner.plan import Plan
@@ -23,9 +23,6 @@ from piperjax.planner.step_end import itemsize_of, step_end_seconds
 from piperjax.planner.work import FLOAT32_BYTES, layer_work
 from piperjax.schedules.timeline import ActionCosts, Timeline, lockstep, simulate
 
-# Part of an all-to-all that is hidden when a plan lets the forward and the backward of a tick run side by side. The
-# program makes it possible (benchmarks/overlap.py); how much of it a GPU hides is not measured yet.
-HIDDEN_FRACTION = 0.7
 # How far off a prediction may be that rests on numbers of each provenance, as a fraction.
 UNCERTAINTY = {"measured": 0.07, "published": 0.18, "vendor": 0.25, "assumed": 0.5}
 # Added where a shape or message lies outside the range that was measured.
@@ -341,6 +338,8 @@ def _notes(
             row_bytes=2 * model.d_model,
             num_experts=moe.num_experts,
             experts_per_token=moe.experts_per_token,
+            num_groups=moe.router.num_groups,
+            groups_per_token=moe.router.groups_per_token,
             dispatcher=plan.dispatch,
             chunks=plan.dispatch_chunks,
             rows=rows,

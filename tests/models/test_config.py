@@ -86,6 +86,16 @@ def moe(**changes):
             lambda: moe(shared_gate="sigmoid"),
             "shared_gate 'sigmoid' needs a shared expert, got shared_d_ff 0",
         ),
+        (lambda: Router(num_groups=2, groups_per_token=3), "must not exceed num_groups, got 3 of 2 groups"),
+        (lambda: moe(router=Router(num_groups=3)), "num_groups must divide the 4 experts, got 3 groups"),
+        (
+            lambda: moe(router=Router(num_groups=4, groups_per_token=2)),
+            "a group needs the 2 experts that its score is made of, got 1",
+        ),
+        (
+            lambda: moe(experts_per_token=3, router=Router(num_groups=2)),
+            "the 3 experts of a token must be in its 1 groups of 2, which is too few; raise groups_per_token",
+        ),
         (lambda: moe(router="softmax"), "router of a MoEFFN must be a Router, got 'softmax'"),
         (lambda: LayerConfig(attention=DENSE, ffn=moe()), "attention of a LayerConfig must be a Grouped"),
         (model, r"layers must be a non-empty tuple of LayerConfig, got \(\)"),

@@ -43,6 +43,48 @@ def test_ties_go_to_the_lowest_index():
     np.testing.assert_array_equal(expert_ids, [[0, 1, 2]] * 2)
 
 
+def chosen_by_groups(selection, *, k, groups, chosen, scored):
+    """Experts of every token, one token after the other."""
+    found = []
+    for scores in selection:
+        parts = scores.reshape(groups, -1)
+        of_group = [np.sum(np.sort(part)[::-1][:scored], dtype=scores.dtype) for part in parts]
+        best = np.argsort(-np.array(of_group), kind="stable")[:chosen]
+        allowed = np.where(np.isin(np.arange(groups), best)[:, None], parts, -np.inf).ravel()
+        found.append(np.argsort(-allowed, kind="stable")[:k])
+    return np.array(found)
+
+
+@pytest.mark.parametrize("balance", ["none", "bias"])
+@pytest.mark.parametrize(
+    ("groups", "chosen", "scored"), [(4, 2, 2), (4, 2, 1), (8, 3, 2), (2, 1, 2), (4, 4, 2)]
+)
+def test_experts_are_the_best_of_the_best_groups(groups, chosen, scored, balance):
+    logits = RNG.normal(size=(256, 32)).astype(np.float32)
+    bias = RNG.normal(size=32).astype(np.float32) - 0.5  # Scores for the choice may be negative.
+    router = Router(
+        score="sigmoid", balance=balance, num_groups=groups, groups_per_token=chosen, scored_per_group=scored
+    )
+    expert_ids, gates = jax.jit(lambda x, b: route(x, b, k=4, router=router))(logits, bias)
+    scores = np.asarray(jax.nn.sigmoid(logits))
+    selection = scores + bias if balance == "bias" else scores
+    expected = chosen_by_groups(selection, k=4, groups=groups, chosen=chosen, scored=scored)
+    np.testing.assert_array_equal(expert_ids, expected)
+    assert max(len(set(row)) for row in np.asarray(expert_ids) // (32 // groups)) <= chosen
+    picked = np.take_along_axis(scores, expected, axis=1)
+    np.testing.assert_allclose(gates, picked / picked.sum(axis=1, keepdims=True), rtol=1e-5)
+    assert gates.dtype == jnp.float32
+
+
+def test_of_equal_groups_the_first_are_taken():
+    router = Router(num_groups=4, groups_per_token=2)
+    expert_ids, _ = route(jnp.zeros((2, E)), jnp.zeros(E), k=K, router=router)
+    np.testing.assert_array_equal(expert_ids, [[0, 1, 2]] * 2)
+    logits = jnp.zeros((1, E)).at[0, 7].set(1.0)
+    expert_ids, _ = route(logits, jnp.zeros(E), k=K, router=router)
+    np.testing.assert_array_equal(expert_ids, [[7, 0, 1]])
+
+
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("gates", ["raw", "normalized"])
 @pytest.mark.parametrize("scaling_factor", [1.0, 2.5])
@@ -155,6 +197,7 @@ PARTS = [
     {"shared_d_ff": 24, "shared_gate": "sigmoid", "num_matrices": 2},
     {"dense_residual_d_ff": 24},
     {"router": Router(score="sigmoid", balance="bias")},
+    {"router": Router(score="sigmoid", num_groups=4, groups_per_token=2)},
 ]
 
 

@@ -10,7 +10,7 @@ def test_names_say_what_they_do():
     assert all(one.name.startswith(one.algorithm) for one in DISPATCHERS.values())
     assert all(one.deduplicates == one.name.endswith("_dedup") for one in DISPATCHERS.values())
     assert set(EXECUTABLE) <= set(DISPATCHERS)
-    assert named("halo2_dedup").can_be_cut and not named("flat").can_be_cut
+    assert named("halo2_dedup").algorithm == "halo2"
 
 
 def test_what_is_planned_to_run_is_what_the_runtime_has():
@@ -18,9 +18,8 @@ def test_what_is_planned_to_run_is_what_the_runtime_has():
     assert set(EXECUTABLE) == set(runtime.DISPATCHERS)
 
 
-def test_ways_are_dispatchers_with_chunks_where_they_can():
-    assert ways(["flat", "halo2"], [1, 4]) == (("flat", 1), ("halo2", 1), ("halo2", 4))
-    assert ways(["flat"], [4]) == ()
+def test_ways_are_dispatchers_with_chunks():
+    assert ways(["flat", "halo2"], [1, 4]) == (("flat", 1), ("flat", 4), ("halo2", 1), ("halo2", 4))
     assert [str(way) for way in (Way("flat"), Way("halo2_dedup", 4))] == ["flat", "halo2_dedup x4"]
 
 
@@ -30,12 +29,6 @@ def test_chunks_divide_the_tokens():
     for dispatcher, chunks, tokens, words in (
         ("halo", 1, 8, "no dispatcher named 'halo'; there are flat, .* did you mean 'halo[23]'"),
         ("halo2", 0, 8, "dispatch_chunks must be at least 1, got 0"),
-        (
-            "flat",
-            2,
-            8,
-            "only halo2 or halo2_dedup sends tokens in chunks, got dispatch_chunks = 2 for .*'flat'",
-        ),
         ("halo2", 4, 6, "must divide the 6 tokens of a microbatch on a device, got 4; use 3"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -40,6 +40,7 @@ LAYERS = {
     "raw gates": moe(router=Router(gates="raw")),
     "sigmoid": moe(router=Router(score="sigmoid")),
     "balanced by bias": moe(router=Router(score="sigmoid", balance="bias")),
+    "groups": moe(router=Router(score="sigmoid", balance="bias", num_groups=2, groups_per_token=1)),
     "one expert": moe(experts_per_token=1),
 }
 CASES = [

@@ -82,7 +82,13 @@ def test_a_token_crosses_to_a_node_once(algorithm):
     flat = dispatch_transfer(TOY, expert_factors=(1, 4, 4), rows="exact", **LAYER)
     assert off_node(flat) / off_node(cost) == pytest.approx(4.5 / copies)
     limited = dispatch_transfer(
-        TOY, expert_factors=(1, 4, 4), dispatcher=name, rows="exact", node_limit=2, **LAYER
+        TOY,
+        expert_factors=(1, 4, 4),
+        dispatcher=name,
+        rows="exact",
+        num_groups=4,
+        groups_per_token=2,
+        **LAYER,
     )
     assert off_node(limited) == pytest.approx(expected_nodes(64, 6, 4, limit=2) * 3 / 4 * 1000 * 2048)
     # Worst case: each token to every other node, whatever the skew.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from piperjax.planner.routing import expected_nodes
+from piperjax.planner.routing import expected_nodes, reached_nodes
 
 
 def test_by_hand():
@@ -68,6 +68,23 @@ def sampled_nodes(experts, per_token, nodes, limit, tokens=8_000):
     reached = np.zeros((tokens, nodes), bool)
     np.put_along_axis(reached, chosen, True, 1)
     return reached.sum(1).mean()
+
+
+@pytest.mark.parametrize(("nodes", "error"), [(2, 0.01), (4, 0.01), (8, 0.01), (16, 0.06), (32, 0.06)])
+def test_groups_that_are_not_nodes(nodes, error):
+    scores = np.random.default_rng(0).random((4000, 8, 32))
+    best = np.sort(scores, -1)[..., -2:].sum(-1)
+    np.put_along_axis(scores, np.argsort(best, 1)[:, :4, None], -1, 1)  # The four worst of eight groups.
+    chosen = np.argsort(-scores.reshape(4000, 256), 1)[:, :8] // (256 // nodes)
+    sampled = np.mean([len(set(row)) for row in chosen])
+    found = reached_nodes(256, 8, nodes, num_groups=8, groups_per_token=4)
+    assert (1 - error / 4) * sampled <= found <= (1 + error) * sampled
+
+
+def test_groups_that_do_not_line_up_limit_nothing():
+    assert reached_nodes(192, 6, 3, num_groups=8, groups_per_token=2) == expected_nodes(192, 6, 3)
+    assert reached_nodes(64, 6, 4, num_groups=4, groups_per_token=4) == expected_nodes(64, 6, 4)
+    assert reached_nodes(64, 6, 4, num_groups=4, groups_per_token=2) == expected_nodes(64, 6, 4, limit=2)
 
 
 def test_laws():
