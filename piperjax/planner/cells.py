@@ -5,12 +5,13 @@ Layers are priced for every kind and memory mode; what depends on tokens and exp
 
 from collections.abc import Iterator
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
 from models import cost
-from models.config import ModelConfig, MoEFFN
+from models.config import LayerConfig, ModelConfig, MoEFFN
 from piperjax.planner.candidates import (
     Mesh,
     Question,
@@ -19,10 +20,11 @@ from piperjax.planner.candidates import (
     microbatch_counts,
     vocabularies,
 )
-from piperjax.planner.dispatchers import Way
+from piperjax.planner.collectives import ALGORITHMS
+from piperjax.planner.dispatchers import Way, named
 from piperjax.planner.kept import Share
-from piperjax.planner.layer_time import layer_seconds
-from piperjax.planner.network import axis_group, best_dispatcher, permute
+from piperjax.planner.layer_time import LayerSeconds, layer_seconds
+from piperjax.planner.network import axis_group, permute
 from piperjax.planner.partition import partition_layers
 from piperjax.planner.plan import Plan
 from piperjax.planner.shared_cores import at_once
@@ -64,10 +66,29 @@ def groups(question: Question, meshes: list[Mesh]) -> Iterator[list[Cell]]:
     for index, mesh in enumerate(meshes):
         for number in microbatch_counts(question, mesh):
             tokens = question.tokens_per_step // (mesh.data * mesh.expert * number)
-            if fitting := tuple(way for way in dispatch_ways(question) if tokens % way.chunks == 0):
-                cell = _cell(question, index, mesh, number, candidates=fitting)
+            if candidates := ways_on(question, mesh, tokens):
+                cell = _cell(question, index, mesh, number, candidates=candidates)
                 groups.setdefault((mesh.pipe, number), []).append(cell)
     yield from groups.values()
+
+
+def ways_on(question: Question, mesh: Mesh, tokens: int) -> tuple[Way, ...]:
+    """Ways of dispatch that differ on a mesh, for so many tokens of a microbatch on a device."""
+    possible = tuple(way for way in dispatch_ways(question) if tokens % way.chunks == 0)
+    if mesh.expert == 1:
+        return possible[:1]
+    *nodes, local = question.platform.expert_factors(**mesh._asdict())
+    if prod(nodes) > 1 and local > 1:
+        return possible
+    # With one node, or one device in each, all-to-alls are the same, and the plainest will do.
+    return tuple(way for way in possible if not any(_is_plainer(other, way) for other in possible))
+
+
+def _is_plainer(other: Way, way: Way) -> bool:
+    """Whether another way sends the same rows in as many chunks by a simpler all-to-all."""
+    one, two = named(other.dispatch), named(way.dispatch)
+    alike = one.deduplicates == two.deduplicates and other.chunks == way.chunks
+    return alike and ALGORITHMS.index(one.algorithm) < ALGORITHMS.index(two.algorithm)
 
 
 def _cell(
@@ -140,24 +161,31 @@ def _layers(
 def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple):
     modes, candidates, imbalance = choices
     kinds = kinds_of(model)
-    way = _way(model, platform, share, expert_factors, candidates, imbalance)
+
+    def price(layer: LayerConfig, mode: str, way: Way) -> LayerSeconds:
+        return layer_seconds(
+            model,
+            layer,
+            platform,
+            tokens=share.tokens,
+            seq_len=share.seq_len,
+            expert_factors=expert_factors,
+            dtype=share.dtype,
+            memory_mode=mode,
+            dispatcher=way.dispatch,
+            dispatch_chunks=way.chunks,
+            imbalance=imbalance,
+            capacity_factor=share.capacity_factor,
+        )
+
+    way, moe = candidates[0], next((layer for _, layer in kinds if isinstance(layer.ffn, MoEFFN)), None)
+    if moe is not None and len(candidates) > 1:
+        # Which one is quickest depends little on what is computed again.
+        way = min(candidates, key=lambda way: price(moe, modes[0], way).total)
     seconds = np.zeros((len(modes), len(kinds), 6))
     for i, mode in enumerate(modes):
         for j, (_, layer) in enumerate(kinds):
-            priced = layer_seconds(
-                model,
-                layer,
-                platform,
-                tokens=share.tokens,
-                seq_len=share.seq_len,
-                expert_factors=expert_factors,
-                dtype=share.dtype,
-                memory_mode=mode,
-                dispatcher=way.dispatch,
-                dispatch_chunks=way.chunks,
-                imbalance=imbalance,
-                capacity_factor=share.capacity_factor,
-            )
+            priced = price(layer, mode, way)
             seconds[i, j] = (
                 priced.forward,
                 priced.backward,
@@ -167,26 +195,6 @@ def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple
                 priced.exchange_backward,
             )
     return way, seconds
-
-
-def _way(model, platform, share: Share, expert_factors, candidates: tuple[Way, ...], imbalance: float) -> Way:
-    moe = next((layer.ffn for layer in model.layers if isinstance(layer.ffn, MoEFFN)), None)
-    if moe is None or share.expert == 1 or len(candidates) == 1:
-        return candidates[0]
-    way, _ = best_dispatcher(
-        platform,
-        candidates=candidates,
-        expert_factors=expert_factors,
-        tokens=share.tokens,
-        row_bytes=model.d_model * share.itemsize,
-        num_experts=moe.num_experts,
-        experts_per_token=moe.experts_per_token,
-        num_groups=moe.router.num_groups,
-        groups_per_token=moe.router.groups_per_token,
-        imbalance=imbalance,
-        capacity_factor=share.capacity_factor,
-    )
-    return way
 
 
 @lru_cache(maxsize=1024)

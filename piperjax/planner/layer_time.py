@@ -48,6 +48,11 @@ class LayerSeconds:
     attention: float = 0.0
     streams: float = 0.0
 
+    @property
+    def total(self) -> float:
+        """F and B with their exchanges."""
+        return self.forward + self.backward + self.exchange_forward + self.exchange_backward
+
     def __add__(self, other: "LayerSeconds") -> "LayerSeconds":
         return LayerSeconds(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 

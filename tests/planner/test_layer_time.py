@@ -1,11 +1,14 @@
 """Tests of piperjax/planner/layer_time.py: laws that hold at any rates, and one layer by hand."""
 
+import dataclasses
+
 import pytest
 
 from meshes.device import Attention, Device, Products
 from meshes.platform import Link, Platform
 from models.presets import preset
-from piperjax.planner.layer_time import LayerSeconds, layer_seconds
+from piperjax.planner.layer_time import HIDDEN_FRACTION, LayerSeconds, exposed_seconds, layer_seconds
+from piperjax.planner.network import Stages, Transfer
 from piperjax.planner.plan import MEMORY_MODES
 
 
@@ -70,6 +73,28 @@ def test_exchanges_are_8_6_or_4(mode, times):
     found = price(memory_mode=mode, expert_factors=(1, 2, 4))
     assert found.exchange_forward > 0
     assert found.exchange_backward == pytest.approx(times * found.exchange_forward)
+
+
+def test_chunks_travel_beside_experts():
+    platform = machine()
+    one = Stages(Transfer(seconds=1.0), Transfer(seconds=0.0))
+    # Four chunks: 1, 2, 2, 2, 2, 1 seconds, where 8 of experts and 8 of wire follow each other otherwise.
+    exposed = exposed_seconds(platform, one, 4, 8.0)
+    assert exposed == pytest.approx(8 - HIDDEN_FRACTION * (16 - 10))
+    assert exposed_seconds(platform, one, 1, 8.0) == 2
+    # What is inside of nodes comes with the experts: 1, 4, 4, 4, 4, 1.
+    inside = Stages(Transfer(seconds=1.0), Transfer(seconds=1.0))
+    assert exposed_seconds(platform, inside, 4, 8.0) == pytest.approx(16 - HIDDEN_FRACTION * (24 - 18))
+    simulated = dataclasses.replace(platform, device=machine(concurrent_devices=2.0).device)
+    assert exposed_seconds(simulated, one, 4, 8.0) == 8
+
+
+def test_chunks_pay_where_exchanges_are_long():
+    static = dict(expert_factors=(1, 2, 4), rows="static", capacity_factor=1.0)
+    whole, cut = (price(dispatch_chunks=chunks, **static) for chunks in (1, 4))
+    assert cut.total < whole.total and cut.exchange_forward < whole.exchange_forward
+    once = price(dispatcher="halo2_dedup", **static)
+    assert once.exchange_forward < whole.exchange_forward
 
 
 def test_dense_layers_and_one_device_exchange_nothing():

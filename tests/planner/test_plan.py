@@ -72,10 +72,7 @@ def test_stages_are_balanced_by_flop():
             "schedule 'one_f_one_b' has one stage per pipe rank, got 2",
         ),
         (dict(dispatch="halo"), "no dispatcher named 'halo'; .* did you mean 'halo"),
-        (
-            dict(dispatch_chunks=2),
-            "only halo2 or halo2_dedup sends tokens in chunks, got dispatch_chunks = 2",
-        ),
+        (dict(dispatch_chunks=0), "dispatch_chunks must be at least 1, got 0"),
         (
             dict(dispatch="halo2", dispatch_chunks=7),
             "must divide the 256 tokens of a microbatch on a device, got 7; use 4",
