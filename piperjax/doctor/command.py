@@ -17,7 +17,7 @@ from piperjax.doctor.this_machine import this_machine
 
 Check = Callable[[Environment], list[Finding]]
 
-# Those that start JAX come last.
+# In the order of the report; JAX is started by the first that asks for devices.
 CHECKS: tuple[Check, ...] = (
     *software.CHECKS,
     *flags.CHECKS,

@@ -35,7 +35,9 @@ def _advice(env: Environment) -> str:
         return "see whether rocminfo lists them, and what AMD_LOG_LEVEL=1 says"
     if env.plugin:
         return "see whether nvidia-smi lists them"
-    return "set JAX_PLATFORMS=cpu to use the processor"
+    if env.backend == "cpu":
+        return "see what python -c 'import jax; jax.devices()' does"
+    return f"make install EXTRA={env.backend} brings a plugin, and JAX_PLATFORMS=cpu uses the processor"
 
 
 def exchange(env: Environment) -> list[Finding]:

@@ -54,6 +54,7 @@ class Environment:
       limits: soft limits by name, "nofile" and "memlock"; None is unlimited.
       cpus: numbers of those that this process may run on.
       out: where checkpoints will be.
+      may_write: whether this user may write there, or make it.
       free_bytes: bytes free there, and in /dev/shm, by path; None if nobody answered.
       memory_bytes: of the host, or of the container if that is less; None if unknown.
       expected: the platform that was named, None if it is to be recognised.
@@ -70,6 +71,7 @@ class Environment:
     limits: Mapping[str, int | None] = field(default_factory=dict)
     cpus: frozenset[int] = frozenset()
     out: Path = Path("runs")
+    may_write: bool = True
     free_bytes: Mapping[str, int | None] = field(default_factory=dict)
     memory_bytes: int | None = None
     expected: Platform | None = None

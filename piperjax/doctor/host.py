@@ -141,6 +141,8 @@ def disk(env: Environment) -> list[Finding]:
     """Room for checkpoints."""
     where = str(env.out)
     free = env.free_bytes.get(where)
+    if not env.may_write:
+        return [error("disk", f"this user may not write into {where}", "choose another --out")]
     if free is None:
         return [warning("disk", f"the file system of {where} does not answer", "choose another --out")]
     advice = "a checkpoint has 12 bytes per parameter; choose another --out, or keep fewer (checkpoint.keep)"

@@ -41,6 +41,7 @@ def this_machine(*, out: Path, expected: Platform | None = None) -> Environment:
         limits=_limits(),
         cpus=frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset(),
         out=out,
+        may_write=_in_time(lambda: os.access(_existing(out), os.W_OK | os.X_OK)) is not False,
         free_bytes={
             str(path): _in_time(lambda path=path: _free_bytes(path)) for path in (out, Path("/dev/shm"))
         },
@@ -76,11 +77,16 @@ def _addresses(hostname: str) -> tuple[str, ...]:
 
 def _free_bytes(path: Path) -> int:
     """Bytes free to us where `path` is, or will be."""
+    stats = os.statvfs(_existing(path))
+    return stats.f_bavail * stats.f_frsize
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
     path = path.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
-    stats = os.statvfs(path)
-    return stats.f_bavail * stats.f_frsize
+    return path
 
 
 def _limits() -> dict[str, int | None]:

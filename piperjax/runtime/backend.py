@@ -42,21 +42,23 @@ def prepare(num_devices: int | None = None) -> tuple[str, ...]:
     Raises:
       ValueError: if XLA would end the process over the user's XLA_FLAGS, or has started with fewer devices.
     """
-    lines = () if xla_bridge.backends_are_initialized() else _set_flags()
+    lines = () if xla_bridge.backends_are_initialized() else _set_flags(num_devices)
     if num_devices is not None:
         simulate_devices(num_devices)
     return lines
 
 
-def _set_flags() -> tuple[str, ...]:
-    versions = _versions()
+def _set_flags(num_devices: int | None) -> tuple[str, ...]:
+    versions, given = _versions(), os.environ.get("XLA_FLAGS", "")
     environ = {**os.environ, "JAX_PLATFORMS": jax.config.jax_platforms or ""}
     backend = detect_backend(environ, versions)
+    if backend == "cpu" and num_devices in (None, 1) and not given:
+        return ()  # A lone device waits for nobody.
     relevant = {
         name: version for name, version in versions.items() if name in ("jaxlib", *PLUGINS.get(backend, ()))
     }
     settled = settle(
-        os.environ.get("XLA_FLAGS", ""),
+        given,
         backend,
         lambda text: _remembered_trial(text, backend, relevant),
         versions=" and ".join(f"{name} {version}" for name, version in relevant.items()),

@@ -211,8 +211,7 @@ def settle(
         if wrong:
             raise ValueError(rejection(wrong[0], theirs[wrong[0]], versions))
         if trial.failure:
-            if ours:
-                lines.append(f"nothing added to XLA_FLAGS: {trial.failure}")
+            lines.append(f"{'nothing added to' if ours else 'no trial of'} XLA_FLAGS: {trial.failure}")
             ours = []
             break
         dropped = [flag for flag in ours if flag.name in trial.rejected]

@@ -39,13 +39,14 @@ def main(args: argparse.Namespace) -> int:
 
     import jax
 
-    from meshes.mesh import build_mesh, simulate_devices
+    from meshes.mesh import build_mesh
+    from piperjax.runtime import backend
     from piperjax.runtime.executor import Executor
     from piperjax.training import compile_check
 
     # Accelerators of this machine stay untouched.
     jax.config.update("jax_platforms", "cpu")
-    simulate_devices(plan.num_devices)
+    backend.prepare(plan.num_devices)
     mesh = build_mesh(
         pipe=plan.pipe,
         data=plan.data,

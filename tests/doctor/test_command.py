@@ -7,9 +7,10 @@ import time
 import pytest
 
 from meshes.platform import known_platforms, load_platform
-from piperjax.doctor import command
+from piperjax.doctor import command, devices, environment, flags
 from piperjax.doctor.command import CHECKS, add_arguments, examine, main
 from piperjax.doctor.finding import error, ok
+from piperjax.doctor.this_machine import this_machine
 from piperjax.runtime.bounded_process import Ended
 
 
@@ -94,6 +95,17 @@ def test_this_machine_in_seconds(tmp_path, capfd):
     assert (
         time.monotonic() - start < 60
     )  # Two on an idle machine; processes of their own start Python and JAX.
+
+
+def test_what_hangs_is_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "DEVICES_SECONDS", 0.1)  # JAX takes longer to start.
+    monkeypatch.setattr(flags, "TRIAL_SECONDS", 0.001)
+    findings = examine(this_machine(out=tmp_path), [*flags.CHECKS, *devices.CHECKS])
+    sentences = [finding.sentence for finding in findings if finding.level in ("error", "note")]
+    assert any("did not end in time" in sentence for sentence in sentences), sentences
+    assert any(
+        "nothing happened for 0.1 s while JAX started its devices" in sentence for sentence in sentences
+    )
 
 
 def test_every_check_says_what_it_looks_at():

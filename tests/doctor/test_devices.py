@@ -25,6 +25,10 @@ def test_jax_that_does_not_start(machine, told):
             "and what AMD_LOG_LEVEL=1 says",
         )
     ]
+    (finding,) = found_devices(machine(probe=probe, environ={"JAX_PLATFORMS": "rocm"}))
+    assert (
+        finding.advice == "make install EXTRA=rocm brings a plugin, and JAX_PLATFORMS=cpu uses the processor"
+    )
     (finding,) = found_devices(machine(probe=Ended(returncode=None)))
     assert finding.level == "error" and "nothing happened for 90 s" in finding.sentence
     probe = machine.answer(

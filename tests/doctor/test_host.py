@@ -86,6 +86,8 @@ def test_room_for_checkpoints(machine):
     for free, level in ((2**20, "error"), (5 * GIB, "note"), (2000 * GIB, "ok"), (None, "warning")):
         (finding,) = disk(machine(free_bytes={"runs": free}))
         assert finding.level == level
+    (finding,) = disk(machine(free_bytes={"runs": 2000 * GIB}, may_write=False))
+    assert finding.level == "error" and finding.found == "this user may not write into runs"
     assert disk(machine(free_bytes={"runs": 2000 * GIB}))[0].found == "2,000 GiB free for runs"
 
 

@@ -15,6 +15,7 @@ def test_this_machine(tmp_path):
     assert env.versions["jax"] and env.requirements["jax"].startswith(">=0.10")
     assert env.requirements["python"] == ">=3.11" and "pyarrow" in env.requirements
     assert env.free_bytes[str(tmp_path / "not/yet")] > 0
+    assert env.may_write and module._existing(env.out) == tmp_path
     assert env.limits["nofile"] is None or env.limits["nofile"] > 0
     assert env.environ["PATH"] == os.environ["PATH"] and len(env.cpus) >= 1 and env.hostname
     assert env.run([sys.executable, "-c", "print(1)"], {"A": "b"}, 20).stdout == "1\n"

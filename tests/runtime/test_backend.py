@@ -43,6 +43,13 @@ def test_flags_and_devices_are_set_in_time(tmp_path):
     assert len(json.loads((tmp_path / "piperjax/xla_flags.json").read_text())) == 1
 
 
+def test_a_lone_device_needs_no_flags(tmp_path):
+    program = (
+        "import os; from piperjax.runtime.backend import prepare; print(prepare(), os.environ['XLA_FLAGS'])"
+    )
+    assert started(tmp_path, "", program).stdout == "() \n" and not list(tmp_path.iterdir())
+
+
 def test_a_flag_that_would_end_the_process_is_a_sentence(tmp_path):
     done = started(tmp_path, "--xla_gpu_enable_async_all_to_all=true")
     assert (

@@ -112,6 +112,9 @@ def test_nothing_is_added_where_nothing_can_be_tried():
     settled = settle("--xla_dump_to=/tmp/a", "rocm", lambda text: Trial(failure="it hung"))
     assert settled.text == "--xla_dump_to=/tmp/a" and settled.added == ()
     assert settled.lines == ("nothing added to XLA_FLAGS: it hung",)
+    theirs = " ".join(map(str, FLAGS["rocm"]))
+    settled = settle(theirs, "rocm", lambda text: Trial(failure="it hung"))
+    assert settled.text == theirs and settled.lines == ("no trial of XLA_FLAGS: it hung",)
 
 
 def test_flags_in_a_file(tmp_path):
