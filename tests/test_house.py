@@ -52,6 +52,8 @@ MAY_IMPORT = {
 
 # Modules without a test file of their own, and the test that would fail if they were wrong.
 TESTED_ELSEWHERE = {
+    "piperjax/runtime/dispatch_nodes_limited.py": "tests/runtime/test_dispatch_nodes.py",
+    "piperjax/runtime/dispatcher.py": "tests/runtime/test_dispatch.py",
     "piperjax/runtime/stage.py": "tests/runtime/test_executor.py",
     "piperjax/runtime/step.py": "tests/runtime/test_executor.py",
     "piperjax/runtime/varying.py": "tests/runtime/test_executor.py",

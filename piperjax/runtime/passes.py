@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from models import transformer
 from models.layers import LayerContext
-from piperjax.runtime.dispatch import COMBINED, DISPATCHED
+from piperjax.runtime.dispatcher import COMBINED, DISPATCHED
 from piperjax.runtime.program import is_variable, trace
 from piperjax.runtime.varying import vary
 
@@ -45,7 +45,20 @@ def _is_product(primitive, *_, **params) -> bool:
     return primitive.name in _PRODUCTS
 
 
-_PRODUCTS = frozenset(("multiply", "sort", "top_k", "while", "cond", "all_to_all", "psum", "psum_invariant"))
+_PRODUCTS = frozenset(
+    (
+        "multiply",
+        "sort",
+        "top_k",
+        "while",
+        "cond",
+        "psum",
+        "psum_invariant",
+        "all_to_all",
+        "all_gather",
+        "ppermute",
+    )
+)
 _INPUTS_ONLY = jax.checkpoint_policies.nothing_saveable
 MEMORY_MODES = {
     "stage": MemoryMode(policy=_INPUTS_ONLY, by_stage=True),

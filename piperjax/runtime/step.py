@@ -161,7 +161,9 @@ class _Scan:
         self.vocabulary_axis = axis_of(self.plan.vocabulary)
         # Only then is a backward independent of the forward of its tick.
         self.overlaps = self.plan.overlap and self.lowered.has_backward and self.lowered.head_comes_first
-        self.experts = make_experts(self.plan.dispatch, EXPERT, self.plan.capacity_factor)
+        self.experts = make_experts(
+            self.plan.dispatch, EXPERT, self.plan.capacity_factor, chunks=self.plan.dispatch_chunks
+        )
         functions = step.layer_functions or {
             kind: transformer.layer_function(self.config, kind) for kind in self.config.kinds
         }

@@ -3,7 +3,6 @@
 On simulated devices, inside shard_map with check_vma=True. Each device has tokens of its own.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -13,148 +12,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meshes.axes import BATCH, EXPERT
-from meshes.mesh import build_mesh
+from benchmarks.dispatch_cases import Case, D, assert_close, check, masked_multiply, route, truth
+from meshes.axes import EXPERT
 from piperjax.runtime import permute
-from piperjax.runtime.dispatch import DISPATCHERS, Dispatcher, make_experts, row_capacity
+from piperjax.runtime.dispatch import DISPATCHERS, make_experts
+from piperjax.runtime.dispatcher import Dispatcher
 from piperjax.runtime.grouped_matmul import grouped_matmul
 
-D = 8
-FACTORS = {1: (1, 1, 1), 2: (1, 1, 2), 4: (1, 2, 2), 8: (2, 2, 2)}
 GRID = [(P, E, k) for P in (1, 2, 4, 8) for E in (8, 16) for k in (1, 2, 4)]
 # Every P with every k; E alternates.
 DAILY = [(P, E, k) for P, E, k in GRID if (P.bit_length() + k.bit_length()) % 2 == (E == 16)]
-ROUTINGS = ("random", "zipf", "all to one expert", "an expert with none")
 
 
-def route(rng, routing, num_tokens, E, k):
-    """Distinct experts for every token, [num_tokens, k]."""
-    if routing == "all to one expert":
-        return np.tile((5 + np.arange(k)) % E, (num_tokens, 1)).astype(np.int32)
-    weights = 1.0 / np.arange(1, E + 1) ** 1.5 if routing == "zipf" else np.ones(E)
-    if routing == "an expert with none":
-        weights[3] = 0.0
-    # The k largest of Gumbel-perturbed log weights are k draws without replacement.
-    with np.errstate(divide="ignore"):
-        scores = np.log(weights) - np.log(-np.log(rng.uniform(size=(num_tokens, E))))
-    return np.argsort(-scores, axis=1)[:, :k].astype(np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Tokens, gates, weights of the experts, and weights of the loss, for T tokens on each of P devices."""
-
-    P: int
-    E: int
-    k: int
-    T: int = 12
-    dtype: str = "float32"
-    data: int = 1
-
-    def arrays(self, rng):
-        tokens = self.T * self.P * self.data
-        shapes = {"x": (tokens, D), "gates": (tokens, self.k), "w": (self.E, D, D), "out": (tokens, D)}
-        return {name: rng.normal(size=shape).astype(self.dtype) for name, shape in shapes.items()}
-
-    def mesh(self):
-        devices = jax.devices()[: self.P * self.data]
-        return build_mesh(pipe=1, data=self.data, expert_factors=FACTORS[self.P], devices=devices)
-
-    def function(self, experts, multiply):
-        """(x, gates, w, ids) -> (y, dropped rows of every device)."""
-        spec = jax.P(BATCH)
-
-        def per_device(x, gates, w, ids):
-            def expert_ffn(rows, sizes):
-                return jnp.tanh(multiply(rows, w, sizes))
-
-            y, dropped = experts(expert_ffn, x, ids, gates, self.E)
-            return y, dropped[None]
-
-        return jax.shard_map(
-            per_device, mesh=self.mesh(), in_specs=(spec, spec, jax.P(EXPERT), spec), out_specs=(spec, spec)
-        )
-
-    def compiled(self, experts, multiply):
-        """(x, gates, w, out, ids) -> ((y, dropped), gradients of sum(out * y) by x, gates and w)."""
-        function = self.function(experts, multiply)
-
-        def loss(x, gates, w, out, ids):
-            y, dropped = function(x, gates, w, ids)
-            return jnp.sum(out * y), (y, dropped)
-
-        gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
-
-        def run(arrays, ids):
-            (_, aux), grads = gradient(arrays["x"], arrays["gates"], arrays["w"], arrays["out"], ids)
-            return aux, grads
-
-        return run
-
-
-def masked_multiply(rows, w, sizes):
-    """Every row times the matrix of its group, dead rows zero and unread: plain, and quick to compile."""
-    row = jax.lax.iota(jnp.int32, rows.shape[0])
-    ends = jnp.cumsum(sizes, dtype=jnp.int32)
-    y = jnp.zeros((rows.shape[0], w.shape[2]), rows.dtype)
-    for g in range(w.shape[0]):
-        mine = ((row >= ends[g] - sizes[g]) & (row < ends[g]))[:, None]
-        y = y + jnp.where(mine, jnp.matmul(jnp.where(mine, rows, 0), w[g], precision="highest"), 0)
-    return y
-
-
-@functools.cache
-def dense():
-    """The truth: all experts on all tokens, weighted by gates that are zero where a slot was dropped."""
-
-    def loss(x, gates, w, out, ids, kept):
-        hidden = jnp.tanh(jnp.einsum("td,edf->tef", x, w, precision="highest"))
-        chosen = jax.nn.one_hot(ids, w.shape[0], dtype=x.dtype)
-        y = jnp.einsum("tk,tke,tef->tf", gates * kept, chosen, hidden, precision="highest")
-        return jnp.sum(out * y), y
-
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
-
-
-def truth(arrays, ids, kept=None):
-    kept = np.ones(ids.shape, bool) if kept is None else kept
-    (_, y), grads = dense()(arrays["x"], arrays["gates"], arrays["w"], arrays["out"], ids, kept)
-    return y, grads
-
-
-def assert_close(found, expected, relative):
-    found, expected = np.asarray(found), np.asarray(expected)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= relative * np.abs(expected).max() + 1e-30
-
-
-def check(case, run, rng, *, forward, backward, capacity_factor=0.0):
-    for routing in ROUTINGS:
-        arrays = case.arrays(rng)
-        ids = route(rng, routing, len(arrays["x"]), case.E, case.k)
-        kept = simulate_drops(case, ids, capacity_factor)
-        (y, dropped), grads = run(arrays, ids)
-        expected, expected_grads = truth(arrays, ids, kept)
-        assert_close(y, expected, forward)
-        for found, wanted in zip(grads, expected_grads, strict=True):
-            assert found.dtype == case.dtype
-            assert_close(found, wanted, backward)
-        by_device = (~kept).reshape(case.P * case.data, -1).sum(1)
-        np.testing.assert_array_equal(dropped, by_device)
-
-
-def simulate_drops(case, ids, capacity_factor):
+def simulate_drops(case, ids, *, capacity_factor):
     """Which slots find room, [tokens, k]: first come, first served, in order of token and slot."""
     kept = np.ones(ids.shape, bool)
-    if capacity_factor:
-        capacity = math.ceil(capacity_factor * case.T * case.k / case.P)
-        for device in range(case.P * case.data):
-            used = [0] * case.P
-            for token in range(device * case.T, (device + 1) * case.T):
-                for slot in range(case.k):
-                    target = ids[token, slot] // (case.E // case.P)
-                    kept[token, slot] = used[target] < capacity
-                    used[target] += 1
+    capacity = math.ceil(capacity_factor * case.T * case.k / case.P)
+    for device in range(case.P * case.data):
+        used = [0] * case.P
+        for token in range(device * case.T, (device + 1) * case.T):
+            for slot in range(case.k):
+                target = ids[token, slot] // (case.E // case.P)
+                kept[token, slot] = used[target] < capacity
+                used[target] += 1
     return kept
 
 
@@ -169,13 +49,13 @@ def simulate_drops(case, ids, capacity_factor):
 )
 def test_equals_the_dense_sum(case):
     run = case.compiled(make_experts("flat", EXPERT, 0.0), masked_multiply)
-    check(case, run, np.random.default_rng(0), forward=1e-6, backward=1e-5)
+    check(case, run, np.random.default_rng(0))
 
 
 def test_equals_the_dense_sum_with_grouped_matmul_over_data_and_experts():
     case = Case(P=4, E=8, k=2, data=2)
     run = case.compiled(make_experts("flat", EXPERT, 0.0), grouped_matmul)
-    check(case, run, np.random.default_rng(1), forward=1e-6, backward=1e-5)
+    check(case, run, np.random.default_rng(1))
 
 
 @pytest.mark.parametrize("P", [1, 4])
@@ -201,7 +81,12 @@ def test_equals_the_dense_sum_in_float64(P):
 def test_capacity_drops_later_tokens_and_counts_them(P, k, capacity_factor):
     case = Case(P=P, E=8, k=k)
     run = case.compiled(make_experts("flat", EXPERT, capacity_factor), masked_multiply)
-    check(case, run, np.random.default_rng(3), forward=1e-6, backward=1e-5, capacity_factor=capacity_factor)
+    check(
+        case,
+        run,
+        np.random.default_rng(3),
+        kept_of=functools.partial(simulate_drops, case, capacity_factor=capacity_factor),
+    )
 
 
 @pytest.mark.parametrize(("P", "capacity_factor"), [(4, 0.0), (4, 0.75), (2, 0.0)])
@@ -223,6 +108,21 @@ def test_dead_rows_full_of_nan_change_nothing(monkeypatch, P, capacity_factor):
     jax.effects_barrier()
     assert any(seen), "the poison did not reach the experts: this test tests nothing"
     jax.tree.map(np.testing.assert_array_equal, poisoned, plain)
+
+
+@pytest.mark.parametrize("capacity_factor", [0.0, 1.0])
+@pytest.mark.parametrize("factors", [(1, 2, 4), (2, 2, 2), (1, 4, 1)], ids=str)
+def test_phases_change_no_bit(factors, capacity_factor):
+    case = Case(P=math.prod(factors), E=8, k=2, factors=factors)
+    rng = np.random.default_rng(8)
+    arrays = case.arrays(rng)
+    ids = route(rng, "zipf", len(arrays["x"]), case.E, case.k)
+    flat, *others = (
+        case.compiled(make_experts(name, EXPERT, capacity_factor), masked_multiply)(arrays, ids)
+        for name in ("flat", "halo2", "halo3")
+    )
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, other, flat)
 
 
 def lowered(case, experts, *, gradient):
@@ -323,43 +223,38 @@ def test_bfloat16_is_added_up_in_float32():
 
 
 def test_a_dispatcher_is_a_value(monkeypatch):
-    def nowhere(expert_ffn, x, expert_ids, gates, num_experts, *, axes, capacity_factor):
-        return x, jnp.float32(axes == ("a",) and capacity_factor == 2.0 and num_experts == 8)
+    def send(x, expert_ids, gates, sharing):
+        return x, (sharing.axes == () and sharing.capacity_factor == 2.0 and sharing.num_experts == 8, gates)
 
-    monkeypatch.setitem(DISPATCHERS, "nowhere", Dispatcher(name="nowhere", apply=nowhere))
+    nowhere = Dispatcher(
+        name="nowhere",
+        send=send,
+        work=lambda ffn, arrived, sharing: arrived,
+        collect=lambda results, kept, sharing: (results, kept[0]),
+    )
+    monkeypatch.setitem(DISPATCHERS, "nowhere", nowhere)
     x = np.ones((4, D), np.float32)
-    y, said = make_experts("nowhere", ("a",), 2.0)(None, x, jnp.zeros((4, 2), jnp.int32), None, 8)
-    assert y is x
-    assert said == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "capacity"),
-    [
-        (dict(num_experts=8, num_devices=1, capacity_factor=0.0), 20),
-        (dict(num_experts=8, num_devices=4, capacity_factor=0.0), 20),
-        (dict(num_experts=8, num_devices=8, capacity_factor=0.0), 10),  # one expert each: a token comes once
-        (dict(num_experts=8, num_devices=4, capacity_factor=1.0), 5),
-        (dict(num_experts=8, num_devices=8, capacity_factor=1.0), 3),  # 2.5 rounded up
-        (dict(num_experts=8, num_devices=4, capacity_factor=9.0), 20),
-    ],
-)
-def test_capacity_of_ten_tokens_and_two_experts_each(options, capacity):
-    assert row_capacity(10, 2, **options) == capacity
+    y, said = make_experts("nowhere", (), 2.0)(None, x, jnp.zeros((4, 2), jnp.int32), jnp.ones((4, 2)), 8)
+    np.testing.assert_array_equal(y, x)
+    assert bool(said)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("flatt", (), 0.0), "no dispatcher named 'flatt'; there are flat; did you mean 'flat'?"),
+        (
+            ("flatt", (), 0.0),
+            "no dispatcher named 'flatt'; there are flat, halo2, halo3, halo2_dedup; did you mean 'flat'?",
+        ),
         (("flat", (), -1.0), "capacity_factor must be 0"),
         (("flat", (), math.nan), "capacity_factor must be 0"),
         (("flat", (), 0.0, (0, 1, 1)), "every physical expert 0 to E-1 once"),
+        (("flat", (), 0.0, None, 0), "dispatch_chunks must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_named(arguments, says):
     with pytest.raises(ValueError, match=re.escape(says)):
-        make_experts(*arguments)
+        make_experts(*arguments[:4], **(dict(chunks=arguments[4]) if arguments[4:] else {}))
 
 
 def test_a_map_for_other_experts_is_refused():

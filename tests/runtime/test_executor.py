@@ -256,6 +256,32 @@ def test_overlapped_forward_and_backward_equal_one_device(
     check_equal(config, plan, tolerance=1e-5)
 
 
+DISPATCHED = [
+    ("one_f_one_b", "layer", "halo2_dedup", 3),
+    ("zb_h1", "named", "halo2_dedup", 2),
+    ("zb_h1", "stash", "halo2_dedup", 1),
+    ("zb_v", "stash", "halo2", 2),
+    ("interleaved", "products", "halo2_dedup", 2),
+    ("one_f_one_b", "named", "halo3", 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "mode", "dispatch", "chunks"),
+    [
+        pytest.param(*cell, marks=[pytest.mark.slow] if number >= 3 else [])
+        for number, cell in enumerate(DISPATCHED)
+    ],
+)
+def test_dispatch_by_nodes_and_in_chunks_equals_one_device(schedule, mode, dispatch, chunks):
+    stages = 2 * registry.chunks_of(schedule)
+    plan = plan_for(
+        model(), schedule=schedule, memory_mode=mode, dispatch=dispatch, dispatch_chunks=chunks, pipe=2, expert=4,
+        layers_per_stage=(4 // stages,) * stages,
+    )  # fmt: skip
+    check_equal(model(), plan, tolerance=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_equals_one_device_over_four_ranks(schedule):
@@ -368,6 +394,11 @@ def check_cannot_deadlock(schedule, mesh, memory_mode, **options):
 
 def test_a_whole_vocabulary_cannot_deadlock():
     check_cannot_deadlock("zb_v", (2, 2, 1), "layer", vocabulary="whole")
+
+
+@pytest.mark.parametrize(("dispatch", "chunks"), [("halo3", 1), ("halo2_dedup", 2)])
+def test_dispatch_by_nodes_and_in_chunks_cannot_deadlock(dispatch, chunks):
+    check_cannot_deadlock("zb_h1", (2, 4, 1), "layer", dispatch=dispatch, dispatch_chunks=chunks)
 
 
 def test_bfloat16_stays_near_float32():

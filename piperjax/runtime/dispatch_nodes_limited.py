@@ -1,0 +1,128 @@
+"""The journeys of rows to nodes and on to devices where both accept only so many, and what is dropped for that.
+
+Of the T tokens of a device, a node accepts C2 = ceil(c T n / N) and each of its devices C3 = ceil(c T d / P), with n
+the nodes and d the devices that the experts of a token are expected on when routing is even; these, at a device, may
+have ceil(c T k / P) copies for its experts. A token that finds no room on a device loses its copies there, later
+tokens first. Dropping is decided at the source, each limit counted for itself, so that nothing that travels is lost.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from piperjax.planner.routing import expected_nodes
+from piperjax.runtime.all_to_all import FLAT, split_axes
+from piperjax.runtime.dispatcher import Sharing
+from piperjax.runtime.group_rows import count_by_group, fill_bins, has_group
+from piperjax.runtime.permute import Places, collect_rows, spread_rows, take
+from piperjax.runtime.varying import vary_like
+
+
+class Rows(NamedTuple):
+    """Per device: M rows on their way.
+
+    Attributes:
+      x: [M, D].
+      expert_ids: [M, k]; E for none.
+      gates: [M, k].
+    """
+
+    x: jax.Array
+    expert_ids: jax.Array
+    gates: jax.Array
+
+
+class Limits(NamedTuple):
+    """Rows of one device that a node, a device, and the experts of a device accept."""
+
+    node: int
+    device: int
+    copies: int
+
+
+def limits(sharing: Sharing) -> Limits:
+    """Limits of even routing times the capacity factor, no more than can come."""
+    T, k, P, E = sharing.num_tokens, sharing.experts_per_token, sharing.num_devices, sharing.num_experts
+
+    def share(balanced: float, most: int) -> int:
+        return min(most, math.ceil(sharing.capacity_factor * balanced))
+
+    node = share(T * expected_nodes(E, k, sharing.num_nodes) / sharing.num_nodes, T)
+    device = share(T * expected_nodes(E, k, P) / P, T)
+    return Limits(node, device, share(T * k / P, device * min(k, sharing.experts_per_device)))
+
+
+def num_copies(sharing: Sharing) -> int:
+    """Copies that may come to a device from all others."""
+    return sharing.num_devices * limits(sharing).copies
+
+
+def to_nodes(rows: Rows, sharing: Sharing) -> tuple[Rows, Places, jax.Array]:
+    """Rows [N C2, ...] for this node from the devices of its local index in all nodes; where they were; drops."""
+    nodes, _ = split_axes(sharing.axes)
+    N = sharing.num_nodes
+    kept = _first_come(rows.expert_ids, sharing)
+    dropped = vary_like((~kept).sum(dtype=jnp.float32), rows.x)
+    expert_ids = jnp.where(kept, rows.expert_ids, sharing.num_experts)
+    mask = has_group(expert_ids // (sharing.num_experts // N), N)
+    bins = fill_bins(mask, limits(sharing).node)
+    group = lax.iota(jnp.int32, N)[:, None]
+    where = Places((bins.member * N + group).reshape(-1), bins.live.reshape(-1), bins.place.T, mask.T)
+    return _sent(Rows(rows.x, expert_ids, rows.gates), where, nodes, sharing), where, dropped
+
+
+def to_devices(rows: Rows, sharing: Sharing) -> tuple[Rows, Places]:
+    """Rows [P C3, ...] for this device, and where they were among those of its node."""
+    nodes, local = split_axes(sharing.axes)
+    N, L, limit = sharing.num_nodes, sharing.num_devices // sharing.num_nodes, limits(sharing)
+    node = lax.axis_index(nodes) if nodes else 0
+    local_of = rows.expert_ids.astype(jnp.int32) // sharing.experts_per_device - node * L
+    mask = has_group(local_of, L)
+    # A bin for every device and source: what each may send is limited.
+    bins = fill_bins(mask.reshape(L * N, limit.node), limit.device)
+    group = lax.iota(jnp.int32, L * N)[:, None]
+    row = group % N * limit.node + bins.member
+    where = Places(
+        (row * L + group // N).reshape(-1), bins.live.reshape(-1), bins.place.reshape(L, -1).T, mask.T
+    )
+    return _sent(rows, where, local, sharing), where
+
+
+def from_devices(sums: jax.Array, where: Places, sharing: Sharing) -> jax.Array:
+    """Sums [P C3, D] of devices to sums [N C2, D] of the node."""
+    return _returned(sums, where, split_axes(sharing.axes)[1])
+
+
+def from_nodes(sums: jax.Array, where: Places, sharing: Sharing) -> jax.Array:
+    """Sums [N C2, D] of nodes to sums [T, D] of tokens."""
+    return _returned(sums, where, split_axes(sharing.axes)[0])
+
+
+def _sent(rows: Rows, where: Places, axes: tuple[str, ...], sharing: Sharing) -> Rows:
+    row = where.copies // where.places.shape[1]
+    ids = jnp.where(where.live[:, None], take(rows.expert_ids, row), sharing.num_experts)
+    parts = (spread_rows(rows.x, where), ids.astype(rows.expert_ids.dtype), spread_rows(rows.gates, where))
+    return Rows(*(FLAT.move(part, axes) for part in parts))
+
+
+def _returned(sums: jax.Array, where: Places, axes: tuple[str, ...]) -> jax.Array:
+    return collect_rows(FLAT.move(sums, axes), where)
+
+
+def _first_come(expert_ids: jax.Array, sharing: Sharing) -> jax.Array:
+    """Which copies [T, k] are kept."""
+    P, N, limit = sharing.num_devices, sharing.num_nodes, limits(sharing)
+    device_of = expert_ids.astype(jnp.int32) // sharing.experts_per_device
+    counts = count_by_group(device_of, P)  # [P, T]
+    wanted = (counts > 0).astype(jnp.int32)
+    wanted_of_node = wanted.reshape(N, P // N, -1).max(1)
+    fits = (
+        (jnp.cumsum(wanted, axis=1, dtype=jnp.int32) <= limit.device)
+        & (jnp.cumsum(counts, axis=1, dtype=jnp.int32) <= limit.copies)
+        & jnp.repeat(jnp.cumsum(wanted_of_node, axis=1, dtype=jnp.int32) <= limit.node, P // N, axis=0)
+    )
+    T = sharing.num_tokens
+    return take(fits.reshape(-1), device_of * T + lax.iota(jnp.int32, T)[:, None])

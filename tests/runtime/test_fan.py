@@ -1,0 +1,54 @@
+"""Fanning out repeats rows on every device, fanning in adds them up, and each is the gradient of the other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meshes.axes import BATCH
+from meshes.mesh import build_mesh
+from piperjax.runtime.fan import fan_in, fan_out
+
+M, D, NODES = 3, 2, ("expert_group", "expert_node")
+
+
+def per_device(function):
+    mesh = build_mesh(pipe=1, data=1, expert_factors=(2, 2, 2), devices=jax.devices()[:8])
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=jax.P(BATCH), out_specs=jax.P(BATCH)))
+
+
+@pytest.mark.parametrize("axes", [NODES, ("expert_local",)])
+def test_out_and_in_are_transposes(axes):
+    n = 4 if axes == NODES else 2
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8 * M, D)).astype(np.float32), rng.normal(size=(8 * n * M, D)).astype(np.float32)
+
+    def run(x, y):
+        wide, out_gradient = jax.vjp(lambda x: fan_out(x, axes), x)
+        narrow, in_gradient = jax.vjp(lambda y: fan_in(y, axes), y)
+        return wide, narrow, *out_gradient(y), *in_gradient(x)
+
+    wide, narrow, out_gradient, in_gradient = per_device(run)(x, y)
+    # Devices along `axes` come first in `members`: of all nodes with one local index, or of one node.
+    members = np.arange(8).reshape(4, 2).T if axes == NODES else np.arange(8).reshape(4, 2)
+    rows, sums = x.reshape(8, M, D), y.reshape(8, n, M, D)
+    for group in members:
+        for place, device in enumerate(group):
+            np.testing.assert_array_equal(wide.reshape(8, n, M, D)[device], rows[group])
+            np.testing.assert_allclose(narrow.reshape(8, M, D)[device], sums[group, place].sum(0), rtol=1e-6)
+    np.testing.assert_array_equal(in_gradient, wide)
+    np.testing.assert_array_equal(out_gradient, narrow)
+
+
+def test_sums_are_formed_in_float32():
+    y = np.random.default_rng(1).normal(size=(8 * 4 * M, D)).astype(jnp.bfloat16)
+    found = per_device(lambda y: fan_in(y, NODES))(y).reshape(8, M, D)
+    terms = np.asarray(y, np.float32).reshape(4, 2, 4, M, D)  # [sender, local, receiver, ...]
+    expected = sum(terms[sender] for sender in range(4)).swapaxes(0, 1).reshape(8, M, D)
+    np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
+
+
+def test_without_axes_nothing_happens():
+    x = np.ones((M, D), np.float32)
+    assert fan_out(x, ()) is x
+    assert fan_in(x, ()) is x
