@@ -11,6 +11,7 @@ backward of a step runs beside those of the same step, in reverse: it is the sam
 """
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +61,15 @@ def run(
             _hold(list(made.values()))
         if step < chunks:
             # After the barrier: what is kept must not ask for all that the barrier holds.
-            arrived[step] = jax.tree.map(lambda leaf: checkpoint_name(leaf, DISPATCHED), arrived[step])
+            arrived[step] = jax.tree.map(partial(_named, sharing), arrived[step])
     ys, dropped = zip(*(collected[chunk] for chunk in range(chunks)), strict=True)
     return jnp.concatenate(ys), sum(dropped)
+
+
+def _named(sharing: Sharing, leaf: jax.Array) -> jax.Array:
+    # With one device nothing has travelled, and indices are made again from what is there.
+    remake = sharing.num_devices == 1 and not jnp.issubdtype(leaf.dtype, jnp.floating)
+    return leaf if remake else checkpoint_name(leaf, DISPATCHED)
 
 
 def _hold(made: list) -> None:
