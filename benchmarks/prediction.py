@@ -24,7 +24,7 @@ from meshes.mesh import build_mesh, simulate_devices
 from meshes.platform import Platform, load_platform
 from piperjax.planner.plan import Plan, default_plan
 from piperjax.planner.search import choose_plan
-from piperjax.planner.timing import estimate_time
+from piperjax.planner.timing import Conditions, estimate_time
 from piperjax.runtime.executor import Executor
 from piperjax.training import distributed
 from piperjax.training.config import DataConfig, TrainConfig
@@ -132,7 +132,7 @@ def main() -> int:
     repeats = 3 if args.quick else 5
 
     def row(plan: Plan) -> tuple[float, float]:
-        predicted = estimate_time(MODEL, plan, platform, dtype=DTYPE).step_seconds
+        predicted = estimate_time(MODEL, plan, platform, Conditions(dtype=DTYPE)).step_seconds
         measured = measured_seconds(plan, repeats=repeats)
         print(f"{_described(plan)}{predicted:9.3f} s{measured:9.3f} s{predicted / measured:8.2f}", flush=True)
         return predicted, measured

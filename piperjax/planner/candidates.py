@@ -11,6 +11,7 @@ from meshes.platform import Platform
 from models.config import ModelConfig
 from piperjax.planner.dispatchers import SEARCHED_DISPATCH_CHUNKS, Way, named, ways
 from piperjax.planner.plan import MEMORY_MODES, VOCABULARY
+from piperjax.planner.timing import Conditions
 from piperjax.schedules import registry
 
 # In lockstep the others are never better than one of these, which a test checks: gpipe is one_f_one_b with more in
@@ -75,6 +76,11 @@ class Question:
                 raise ValueError(f"a plan cannot be asked for {name!r}; did you mean {near!r}?")
         self._check_choices()
         self._check_devices()
+
+    @property
+    def conditions(self) -> Conditions:
+        """Under which its plans are timed."""
+        return Conditions(dtype=self.dtype, imbalance=self.imbalance)
 
     def _check_choices(self):
         choices = {"memory_mode": MEMORY_MODES, "vocabulary": VOCABULARY}

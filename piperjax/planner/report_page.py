@@ -144,9 +144,7 @@ def _times(shown: Sequence[Candidate]) -> tuple[str, str]:
 
 def _gantt(best: Candidate, question: Question) -> tuple[str, str]:
     plan = _drawable(best.plan)
-    costs = action_costs(
-        question.model, plan, question.platform, dtype=question.dtype, imbalance=question.imbalance
-    )
+    costs = action_costs(question.model, plan, question.platform, question.conditions)
     picture = svg_gantt(lockstep(plan.tick_table(), costs))
     number, all_of = plan.num_microbatches, best.plan.num_microbatches
     shown = f"{number} microbatches" if number == all_of else f"{number} of the {all_of} microbatches"

@@ -208,8 +208,7 @@ def _priced(question: Question, plan: Plan) -> Candidate:
         question.model,
         plan,
         question.platform,
-        dtype=question.dtype,
-        imbalance=question.imbalance,
+        question.conditions,
         clock="lockstep" if small else "profile",
     )
     memory = estimate_memory(
@@ -234,9 +233,7 @@ def _layers_by_seconds(question: Question, plan: Plan) -> tuple[int, ...]:
         layers_per_stage=(1,) * question.model.num_layers,
         batch_size=plan.batch_size // plan.data,
     )
-    priced_layers = stage_seconds(
-        question.model, by_layer, question.platform, dtype=question.dtype, imbalance=question.imbalance
-    )
+    priced_layers = stage_seconds(question.model, by_layer, question.platform, question.conditions)
     seconds = tuple(
         one.forward + one.backward + one.exchange_forward + one.exchange_backward for one in priced_layers
     )

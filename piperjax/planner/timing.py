@@ -8,6 +8,7 @@ priced as the executor runs them.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import get_args
 
 import numpy as np
 
@@ -27,6 +28,31 @@ from piperjax.schedules.timeline import ActionCosts, Timeline, lockstep, simulat
 UNCERTAINTY = {"measured": 0.07, "published": 0.18, "vendor": 0.25, "assumed": 0.5}
 # Added where a shape or message lies outside the range that was measured.
 UNCERTAINTY_OUTSIDE_RANGE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Under which a plan is timed.
+
+    Attributes:
+      dtype: of the operands of products.
+      imbalance: rows of the device with the busiest experts over the mean.
+      rows: whether dispatch sends its "static" buffers, as the executor does, or "exact" rows.
+    """
+
+    dtype: str = "bfloat16"
+    imbalance: float = 1.0
+    rows: Rows = "static"
+
+    def __post_init__(self):
+        if not self.imbalance >= 1 or self.rows not in get_args(Rows):
+            raise ValueError(
+                f"a plan is timed with an imbalance of at least 1 and rows that are {' or '.join(get_args(Rows))}, "
+                f"got imbalance {self.imbalance} and rows {self.rows!r}"
+            )
+
+
+USUAL = Conditions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +91,7 @@ class TimeEstimate:
 
 
 def stage_seconds(
-    model: ModelConfig,
-    plan: Plan,
-    platform: Platform,
-    *,
-    dtype: str = "bfloat16",
-    imbalance: float = 1.0,
-    rows: Rows = "static",
+    model: ModelConfig, plan: Plan, platform: Platform, conditions: Conditions = USUAL
 ) -> tuple[LayerSeconds, ...]:
     """Seconds of the layers of every stage, of one microbatch on one device."""
     by_kind = {
@@ -82,12 +102,12 @@ def stage_seconds(
             tokens=plan.tokens_per_device,
             seq_len=plan.seq_len,
             expert_factors=plan.expert_factors,
-            dtype=dtype,
+            dtype=conditions.dtype,
             memory_mode=plan.memory_mode,
             dispatcher=plan.dispatch,
             dispatch_chunks=plan.dispatch_chunks,
-            rows=rows,
-            imbalance=imbalance,
+            rows=conditions.rows,
+            imbalance=conditions.imbalance,
             capacity_factor=plan.capacity_factor,
         )
         for kind, layer in model.kinds.items()
@@ -100,17 +120,11 @@ def stage_seconds(
 
 
 def action_costs(
-    model: ModelConfig,
-    plan: Plan,
-    platform: Platform,
-    *,
-    dtype: str = "bfloat16",
-    imbalance: float = 1.0,
-    rows: Rows = "static",
+    model: ModelConfig, plan: Plan, platform: Platform, conditions: Conditions = USUAL
 ) -> ActionCosts:
     """Seconds of every action by stage, for the clocks of `schedules.timeline`."""
-    stages = stage_seconds(model, plan, platform, dtype=dtype, imbalance=imbalance, rows=rows)
-    activation_bytes = plan.tokens_per_device * model.d_model * itemsize_of(dtype)
+    stages = stage_seconds(model, plan, platform, conditions)
+    activation_bytes = plan.tokens_per_device * model.d_model * itemsize_of(conditions.dtype)
     # A tick sends an activation on and a gradient back, one after the other.
     transfer = 2 * permute(platform, axis_group(plan, "pipe"), activation_bytes).seconds
     return ActionCosts(
@@ -122,7 +136,7 @@ def action_costs(
         exposed_backward=tuple(s.exchange_backward for s in stages),
         transfer=transfer,
         overlap=hidden_seconds(stages, platform) if plan.overlap else 0.0,
-        **vocabulary_seconds(model, plan, platform, dtype=dtype),
+        **vocabulary_seconds(model, plan, platform, dtype=conditions.dtype),
     )
 
 
@@ -186,11 +200,9 @@ def estimate_time(
     model: ModelConfig,
     plan: Plan,
     platform: Platform,
+    conditions: Conditions = USUAL,
     *,
-    dtype: str = "bfloat16",
-    imbalance: float = 1.0,
     clock: str = "lockstep",
-    rows: Rows = "static",
 ) -> TimeEstimate:
     """Times one step of a plan with its own schedule table.
 
@@ -198,16 +210,15 @@ def estimate_time(
       model: the model.
       plan: its plan.
       platform: the machine.
-      dtype: of the operands of products.
-      imbalance: rows of the device with the busiest experts over the mean.
+      conditions: number format, imbalance and rows.
       clock: "lockstep" as the executor runs it, "profile" for the same from counts instead of the table, as if all
         stages cost what the slowest does, "async" where ranks only wait for what they need.
-      rows: whether dispatch sends its "static" buffers, as the executor does, or "exact" rows.
 
     Raises:
       ValueError: if the platform does not say how fast something is, or the clock is unknown.
     """
-    costs = action_costs(model, plan, platform, dtype=dtype, imbalance=imbalance, rows=rows)
+    dtype = conditions.dtype
+    costs = action_costs(model, plan, platform, conditions)
     if clock == "profile":
         parts = _profiled(plan, costs)
     elif clock in ("lockstep", "async"):
@@ -226,7 +237,7 @@ def estimate_time(
         parts["fresh_memory"] = float(fresh_seconds(platform, plan.num_devices, taken))
     parts |= {"gradient_reduction": reduction, "optimizer": optimizer}
     step = sum(parts.values())
-    notes = _notes(model, plan, platform, imbalance, rows)
+    notes = _notes(model, plan, platform, conditions)
     useful = cost.flop_per_token(model, plan.seq_len).step * plan.batch_size * plan.seq_len
     rate = useful / (step * plan.num_devices)
     peak = platform.device.known_peak(dtype)
@@ -317,9 +328,7 @@ def uncertainty(platform: Platform, parts: Mapping[str, float]) -> float:
     return sum(seconds * by_part.get(part, compute) for part, seconds in parts.items()) / total
 
 
-def _notes(
-    model: ModelConfig, plan: Plan, platform: Platform, imbalance: float, rows: Rows
-) -> tuple[str, ...]:
+def _notes(model: ModelConfig, plan: Plan, platform: Platform, conditions: Conditions) -> tuple[str, ...]:
     """What lies outside the measured range."""
     notes: list[str] = []
     attention, tokens = platform.device.attention, plan.tokens_per_device
@@ -328,7 +337,7 @@ def _notes(
             f"attention: sequences of {plan.seq_len} outside the measured range of {attention.smallest_seq:g} to "
             f"{attention.largest_seq:g}"
         )
-    notes += _unmeasured_products(model, plan, platform, imbalance)
+    notes += _unmeasured_products(model, plan, platform, conditions.imbalance)
     moe = next((layer.ffn for layer in model.layers if isinstance(layer.ffn, MoEFFN)), None)
     if moe and plan.expert > 1:
         notes += dispatch_transfer(
@@ -342,8 +351,8 @@ def _notes(
             groups_per_token=moe.router.groups_per_token,
             dispatcher=plan.dispatch,
             chunks=plan.dispatch_chunks,
-            rows=rows,
-            imbalance=imbalance,
+            rows=conditions.rows,
+            imbalance=conditions.imbalance,
             capacity_factor=plan.capacity_factor,
         ).notes
     return tuple(notes)

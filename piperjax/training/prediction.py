@@ -8,7 +8,7 @@ from typing import Any
 from meshes.platform import Platform
 from piperjax.planner.explain import PART_WORDS
 from piperjax.planner.memory import estimate_memory
-from piperjax.planner.timing import estimate_time
+from piperjax.planner.timing import Conditions, estimate_time
 from piperjax.training.compile_check import Comparison
 from piperjax.training.config import TrainConfig
 from piperjax.training.metrics import gib, si
@@ -90,7 +90,7 @@ def predict(config: TrainConfig, platform: Platform, *, backend: str) -> Predict
     fullest = max(ranks, key=lambda rank: rank.total)
     seconds: dict[str, Any] = {}
     if platform.rated(config.dtype):
-        time = estimate_time(model, plan, platform, dtype=config.dtype)
+        time = estimate_time(model, plan, platform, Conditions(dtype=config.dtype))
         seconds = {
             "step_seconds": time.step_seconds,
             "uncertainty_fraction": time.uncertainty_fraction,

@@ -44,8 +44,7 @@ def test_scores_are_the_full_price(case):
     rows = np.random.default_rng(0).choice(len(scores.seconds), 60, replace=False)
     for row in rows:
         plan = scores.plan(int(row))
-        options = dict(dtype=question.dtype, imbalance=question.imbalance, clock="profile")
-        time = estimate_time(question.model, plan, question.platform, **options)
+        time = estimate_time(question.model, plan, question.platform, question.conditions, clock="profile")
         assert scores.seconds[row] == pytest.approx(time.step_seconds, rel=1e-3)
         needed = peak_memory(
             question.model,

@@ -8,9 +8,10 @@ from meshes.platform import load_platform
 from models.presets import preset
 from piperjax.planner.memory import estimate_memory
 from piperjax.planner.plan import default_plan
-from piperjax.planner.timing import action_costs, estimate_time
+from piperjax.planner.timing import Conditions, action_costs, estimate_time
 
 CPU8 = load_platform("cpu8")
+FLOAT32 = Conditions(dtype="float32")
 
 
 def sharing(concurrent_devices):
@@ -25,14 +26,14 @@ def plan_for(**options):
 
 
 def estimate(plan, platform, **options):
-    return estimate_time(preset("small"), plan, platform, dtype="float32", **options)
+    return estimate_time(preset("small"), plan, platform, FLOAT32, **options)
 
 
 @pytest.mark.parametrize("clock", ["lockstep", "profile"])
 @pytest.mark.parametrize("schedule", ["one_f_one_b", "zb_v"])
 def test_devices_that_take_turns_need_the_seconds_of_all_their_work(schedule, clock):
     plan = plan_for(schedule=schedule)
-    costs = action_costs(preset("small"), plan, CPU8, dtype="float32")
+    costs = action_costs(preset("small"), plan, CPU8, FLOAT32)
     backward = (costs.input_gradient, costs.weight_gradient) if schedule == "zb_v" else (costs.backward,)
     everything = 8 / 4 * plan.num_microbatches * sum(map(sum, (costs.forward, *backward)))
     found = estimate(plan, sharing(1.0), clock=clock)

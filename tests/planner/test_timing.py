@@ -11,6 +11,7 @@ from piperjax.planner.layer_time import layer_seconds
 from piperjax.planner.plan import default_plan
 from piperjax.planner.step_end import step_end_seconds
 from piperjax.planner.timing import (
+    Conditions,
     action_costs,
     estimate_time,
     stage_seconds,
@@ -105,15 +106,17 @@ def test_split_vocabulary_divides_the_head():
 
 def test_overlap_hides_exchanges():
     model, plan = plan_for(memory_mode="layer")
-    hidden = estimate_time(model, dataclasses.replace(plan, overlap=True), FRONTIER, rows="exact")
-    shown = estimate_time(model, plan, FRONTIER, rows="exact")
+    hidden = estimate_time(model, dataclasses.replace(plan, overlap=True), FRONTIER, Conditions(rows="exact"))
+    shown = estimate_time(model, plan, FRONTIER, Conditions(rows="exact"))
     assert hidden.parts["exposed_all_to_all"] < 0.9 * shown.parts["exposed_all_to_all"]
     assert hidden.parts["compute"] == pytest.approx(shown.parts["compute"])
 
 
 def test_imbalance_costs_time():
     model, plan = plan_for()
-    even, skewed = (estimate_time(model, plan, FRONTIER, imbalance=i).step_seconds for i in (1.0, 1.5))
+    even, skewed = (
+        estimate_time(model, plan, FRONTIER, Conditions(imbalance=i)).step_seconds for i in (1.0, 1.5)
+    )
     assert even < skewed < 1.5 * even
 
 
@@ -147,6 +150,12 @@ def test_unknown_clock_is_refused():
     model, plan = plan_for()
     with pytest.raises(ValueError, match="lockstep, profile or async, got 'wall'"):
         estimate_time(model, plan, FRONTIER, clock="wall")
+
+
+@pytest.mark.parametrize("wrong", [dict(imbalance=0.5), dict(rows="some")], ids=str)
+def test_impossible_conditions_are_refused(wrong):
+    with pytest.raises(ValueError, match="imbalance of at least 1 and rows that are static or exact, got "):
+        Conditions(**wrong)
 
 
 def test_what_leaves_the_measured_range_is_said():

@@ -32,7 +32,7 @@ def test_it_is_what_the_planner_estimates(config):
     )
     assert found.total_bytes == max(rank.total for rank in memory)
     assert found.capacity_bytes == FRONTIER.device.memory_bytes
-    time = estimate_time(config.model, config.plan, FRONTIER, dtype="bfloat16")
+    time = estimate_time(config.model, config.plan, FRONTIER)
     assert found.step_seconds == time.step_seconds == pytest.approx(sum(found.parts.values()))
     assert found.uncertainty_fraction == time.uncertainty_fraction
     assert json.loads(json.dumps(found.to_dict()))["step_seconds"] == time.step_seconds
