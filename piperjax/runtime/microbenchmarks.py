@@ -95,34 +95,20 @@ def shapes_for(backend: str, *, quick: bool) -> Shapes:
     )
 
 
+def _listed(kind: type, sizes: str) -> tuple:
+    """A shape for each word of `sizes`: its fields, joined by an "x"."""
+    return tuple(kind(*map(int, word.split("x"))) for word in sizes.split())
+
+
 _CPU = Shapes(
-    layers=(
-        Layer(64, 64, 128),
-        Layer(256, 128, 512),
-        Layer(512, 256, 256),
-        Layer(128, 512, 1024),
-        Layer(16, 64, 64),
-        Layer(32, 256, 1024),
-        Layer(1024, 128, 128),
-        Layer(1024, 512, 512),
-        Layer(256, 64, 4096),
-        Layer(32, 64, 128, groups=4),
-        Layer(128, 128, 256, groups=2),
-        Layer(256, 256, 512, groups=2),
-        Layer(16, 128, 512, groups=4),
-        Layer(64, 256, 256, groups=8),
-        Layer(512, 128, 128, groups=2),
-        Layer(512, 512, 512, groups=1),
+    layers=_listed(
+        Layer,
+        "64x64x128 256x128x512 512x256x256 128x512x1024 16x64x64 32x256x1024 1024x128x128 "
+        "1024x512x512 256x64x4096 "
+        "32x64x128x4 128x128x256x2 256x256x512x2 16x128x512x4 64x256x256x8 512x128x128x2 "
+        "512x512x512x1",
     ),
-    heads=(
-        Heads(2, 64, 4, 32),
-        Heads(2, 256, 4, 32),
-        Heads(1, 256, 4, 64),
-        Heads(8, 32, 4, 16),
-        Heads(4, 128, 8, 32),
-        Heads(1, 1024, 4, 32),
-        Heads(1, 512, 4, 128),
-    ),
+    heads=_listed(Heads, "2x64x4x32 2x256x4x32 1x256x4x64 8x32x4x16 4x128x8x32 1x1024x4x32 1x512x4x128"),
     stream_bytes=(2**15, 2**19, 2**22, 2**17, 2**21, 2**24),
     working_bytes=2**25,
     copy_bytes=(2**20, 2**23, 2**16, 2**26),
@@ -131,32 +117,15 @@ _CPU = Shapes(
 )
 
 _GPU = Shapes(
-    layers=(
-        Layer(512, 2048, 2048),
-        Layer(4096, 4096, 4096),
-        Layer(8192, 4096, 14336),
-        Layer(4096, 7168, 2048),
-        Layer(128, 4096, 4096),
-        Layer(16384, 2048, 2048),
-        Layer(8192, 8192, 8192),
-        Layer(2048, 1024, 1024),
-        Layer(4096, 4096, 65536),
-        Layer(128, 2048, 1408, groups=8),
-        Layer(1024, 4096, 2048, groups=8),
-        Layer(2048, 4096, 14336, groups=2),
-        Layer(64, 7168, 2048, groups=8),
-        Layer(512, 7168, 2048, groups=8),
-        Layer(2048, 2048, 768, groups=16),
-        Layer(256, 5120, 1536, groups=4),
+    layers=_listed(
+        Layer,
+        "512x2048x2048 4096x4096x4096 8192x4096x14336 4096x7168x2048 128x4096x4096 16384x2048x2048 "
+        "8192x8192x8192 2048x1024x1024 4096x4096x65536 "
+        "128x2048x1408x8 1024x4096x2048x8 2048x4096x14336x2 64x7168x2048x8 512x7168x2048x8 "
+        "2048x2048x768x16 256x5120x1536x4",
     ),
-    heads=(
-        Heads(4, 1024, 16, 128),
-        Heads(1, 4096, 16, 128),
-        Heads(2, 2048, 16, 64),
-        Heads(8, 512, 16, 128),
-        Heads(1, 8192, 8, 128),
-        Heads(1, 4096, 16, 64),
-        Heads(1, 4096, 8, 256),
+    heads=_listed(
+        Heads, "4x1024x16x128 1x4096x16x128 2x2048x16x64 8x512x16x128 1x8192x8x128 1x4096x16x64 1x4096x8x256"
     ),
     stream_bytes=(2**16, 2**22, 2**28, 2**14, 2**18, 2**20, 2**24, 2**26, 2**29),
     working_bytes=2**29,
