@@ -74,55 +74,56 @@ DEEPEP = (
 XMOE_SPEEDUP = 1.55
 
 
+def machine(
+    name: str, description: str, *links: Link, devices_per_node: int, devices_per_nic: int
+) -> Platform:
+    """A machine of which only the network counts."""
+    return Platform(
+        name=name,
+        description=description,
+        device=Device(),
+        devices_per_node=devices_per_node,
+        devices_per_nic=devices_per_nic,
+        links=links,
+    )
+
+
+def link(name: str, devices: int, rate: float, message_seconds: float, *, delay=0.0, taper=1.0) -> Link:
+    """A link of `rate` bytes per second and device, on which a message travels for the time it costs, and a delay."""
+    return Link(
+        name=name,
+        devices=devices,
+        bytes_per_second=rate,
+        latency_seconds=message_seconds + delay,
+        message_seconds=message_seconds,
+        taper_fraction=taper,
+    )
+
+
 def namespaces(case: dict) -> Platform:
     """The measured network: 8 devices in a node, which share its cores with all others and its link."""
     # Two cores post the messages of all devices, so that a device waits for its turn.
     message = MESSAGE_SECONDS * 8 * case["nodes"] / CORES
     rate = FRAME_BYTES / (FRAME_BYTES / case["node_bytes_per_second"] + case["frame_seconds"])
-    return Platform(
-        name="namespaces",
-        description="network namespaces of one machine",
-        device=Device(),
+    return machine(
+        "namespaces",
+        "network namespaces of one machine",
+        link("node", 8, 1e9, message),  # A copy through memory: far from being a limit at these sizes.
+        link("wire", 64, rate / 8, message, delay=DELAY_SECONDS),
         devices_per_node=8,
         devices_per_nic=8,
-        links=(
-            # A copy through memory: far from being a limit at these sizes.
-            Link(
-                name="node",
-                devices=8,
-                bytes_per_second=1e9,
-                latency_seconds=message,
-                message_seconds=message,
-            ),
-            Link(
-                name="wire",
-                devices=64,
-                bytes_per_second=rate / 8,
-                latency_seconds=message + DELAY_SECONDS,
-                message_seconds=message,
-            ),
-        ),
     )
 
 
 def frontier_like() -> Platform:
     """8 devices and 4 interfaces of 25 GB/s in a node, 75 GB/s inside; a message costs 15 and 4 microseconds."""
-    return Platform(
-        name="frontier_like",
-        description="Frontier without its dragonfly",
-        device=Device(),
+    return machine(
+        "frontier_like",
+        "Frontier without its dragonfly",
+        link("node", 8, 75e9, 4e-6),
+        link("network", 65_536, 12.5e9, 15e-6),
         devices_per_node=8,
         devices_per_nic=2,
-        links=(
-            Link(name="node", devices=8, bytes_per_second=75e9, latency_seconds=4e-6, message_seconds=4e-6),
-            Link(
-                name="network",
-                devices=65_536,
-                bytes_per_second=12.5e9,
-                latency_seconds=15e-6,
-                message_seconds=15e-6,
-            ),
-        ),
     )
 
 

@@ -11,6 +11,8 @@ What it leaves out: adaptive routing and detours, back-pressure, channels and ch
 global links by pair of groups. It is a simulation, not a measurement.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from meshes.platform import Platform
@@ -116,6 +118,18 @@ def _leaders(num_nodes: int, local: int) -> np.ndarray:
 # --- what happens to the messages ----------------------------------------------------------------------------
 
 
+class _Messages(NamedTuple):
+    """Messages of equal size, an element [messages] each: devices, the link that joins them, when each is posted."""
+
+    source: np.ndarray
+    target: np.ndarray
+    level: np.ndarray
+    start: np.ndarray
+
+    def where(self, chosen: np.ndarray) -> "_Messages":
+        return _Messages(*(column[chosen] for column in self))
+
+
 def _phase(platform: Platform, peers: np.ndarray, part_bytes: float, ready: np.ndarray) -> np.ndarray:
     """When every device has sent and received all messages of `part_bytes` of each chunk.
 
@@ -134,29 +148,22 @@ def _phase(platform: Platform, peers: np.ndarray, part_bytes: float, ready: np.n
     for i in range(chunks):
         posting[:, i] += np.maximum(ready[:, i], free)[:, None]
         free = posting[:, i, -1]
-    source, chunk, target, level = source[there], chunk[there], target[there], level[there]
-    end = _passage(platform, source, target, level, part_bytes, posting[there])
+    messages = _Messages(source[there], target[there], level[there], posting[there])
+    end = _passage(platform, messages, part_bytes)
     done = ready.copy().reshape(-1)
-    np.maximum.at(done, source * chunks + chunk, end)
-    np.maximum.at(done, target * chunks + chunk, end)
+    for device in (messages.source, messages.target):
+        np.maximum.at(done, device * chunks + chunk[there], end)
     return done.reshape(ready.shape)
 
 
-def _passage(
-    platform: Platform,
-    source: np.ndarray,
-    target: np.ndarray,
-    level: np.ndarray,
-    part_bytes: float,
-    posted: np.ndarray,
-) -> np.ndarray:
+def _passage(platform: Platform, messages: _Messages, part_bytes: float) -> np.ndarray:
     """When each message has arrived."""
-    end = np.empty(len(source))
+    level = messages.level
+    end = np.empty(len(level))
     outside = np.array([link.devices > platform.devices_per_node for link in platform.links])[level]
     for chosen, way in ((~outside, _through_node), (outside, _through_network)):
         if chosen.any():
-            start = posted[chosen]
-            end[chosen] = way(platform, source[chosen], target[chosen], level[chosen], part_bytes, start)
+            end[chosen] = way(platform, messages.where(chosen), part_bytes)
     # What the first message takes longer than its posting is the way there, and is on top for each.
     flight = np.array([max(0.0, link.latency_seconds - link.message_seconds) for link in platform.links])
     return end + flight[level]
@@ -170,30 +177,18 @@ def _levels(platform: Platform, source: np.ndarray, target: np.ndarray) -> np.nd
     return level
 
 
-def _through_node(
-    platform: Platform,
-    source: np.ndarray,
-    target: np.ndarray,
-    level: np.ndarray,
-    part_bytes: float,
-    start: np.ndarray,
-) -> np.ndarray:
+def _through_node(platform: Platform, messages: _Messages, part_bytes: float) -> np.ndarray:
     """Ends of messages inside a node, each level of which has a port at every device."""
+    source, target, level, start = messages
     service = part_bytes / np.array([link_rate(link) for link in platform.links])[level]
     ports = len(platform.links)
     start, end = _queue(source * ports + level, start, service)
     return np.maximum(_queue(target * ports + level, start, service)[1], end)
 
 
-def _through_network(
-    platform: Platform,
-    source: np.ndarray,
-    target: np.ndarray,
-    level: np.ndarray,
-    part_bytes: float,
-    start: np.ndarray,
-) -> np.ndarray:
+def _through_network(platform: Platform, messages: _Messages, part_bytes: float) -> np.ndarray:
     """Ends of messages between nodes: source interface, uplinks and downlinks that are tapered, and destination's."""
+    source, target, level, start = messages
     links, shared = platform.links, platform.devices_per_nic or 1
     first = next(i for i, link in enumerate(links) if link.devices > platform.devices_per_node)
     service = np.full(len(source), part_bytes / (link_rate(links[first]) * shared))

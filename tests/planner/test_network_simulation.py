@@ -11,34 +11,25 @@ from benchmarks.network import (
     closed_form_ratios,
     frontier_like,
     geometric_mean_error,
+    link,
+    machine,
     measured_errors,
     simulated_speedups,
 )
-from meshes.platform import Device, Link, Platform
 from piperjax.planner import network_simulation
 from piperjax.planner.collectives import all_to_all
 from piperjax.planner.locality import Group
 from piperjax.planner.network_simulation import num_messages, simulate_all_to_all
 
 # Two devices a node, one interface each.
-PAIRS = Platform(
-    name="pairs",
-    description="round numbers",
-    device=Device(),
+PAIRS = machine(
+    "pairs",
+    "round numbers",
+    link("node", 2, 100e9, 1e-6),
+    link("switch", 8, 10e9, 10e-6),
+    link("system", 32, 10e9, 10e-6, taper=0.5),
     devices_per_node=2,
     devices_per_nic=1,
-    links=(
-        Link(name="node", devices=2, bytes_per_second=100e9, latency_seconds=1e-6, message_seconds=1e-6),
-        Link(name="switch", devices=8, bytes_per_second=10e9, latency_seconds=10e-6, message_seconds=10e-6),
-        Link(
-            name="system",
-            devices=32,
-            bytes_per_second=10e9,
-            latency_seconds=10e-6,
-            message_seconds=10e-6,
-            taper_fraction=0.5,
-        ),
-    ),
 )
 
 
