@@ -1,5 +1,7 @@
 """What the benchmarks share: models to measure, random batches, and a plain step to compare with."""
 
+from dataclasses import fields
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,8 @@ from piperjax.runtime.executor import Executor
 from piperjax.runtime.grouped_matmul import grouped_matmul
 from piperjax.runtime.passes import MEMORY_MODES
 from piperjax.schedules import registry
+
+EXECUTOR_FIELDS = {field.name for field in fields(Executor)}
 
 
 def moe_model(
@@ -34,7 +38,7 @@ def dense_model(*, num_layers=4, d_model=64, d_ff=256, vocab_size=256) -> ModelC
     return ModelConfig(name="benchmark", d_model=d_model, vocab_size=vocab_size, layers=(layer,) * num_layers)
 
 
-def make_executor(
+def make_plan(
     config: ModelConfig,
     *,
     pipe=1,
@@ -42,33 +46,28 @@ def make_executor(
     expert=1,
     num_microbatches=8,
     microbatch_size=1,
-    seq_len=64,
     **options,
-) -> Executor:
-    """An executor on the first devices, stages of equal length where possible."""
-    plan_options = {
-        k: options.pop(k)
-        for k in ("schedule", "memory_mode", "num_chunks", "vocabulary", "layers_per_stage")
-        if k in options
-    }
-    schedule = plan_options.get("schedule", "one_f_one_b")
-    stages = pipe * registry.chunks_of(schedule, plan_options.get("num_chunks", 0))
+) -> Plan:
+    """A plan of 1F1B with stages of equal length where possible; `microbatch_size` is that of one device."""
+    options = {"schedule": "one_f_one_b", "seq_len": 64, "expert_factors": (1, 1, expert)} | options
+    stages = pipe * registry.chunks_of(options["schedule"], options.get("num_chunks", 0))
     quotient, rest = divmod(config.num_layers, stages)
-    plan_options.setdefault("layers_per_stage", tuple(quotient + (stage < rest) for stage in range(stages)))
-    plan = Plan(
-        pipe=pipe,
-        data=data,
-        expert=expert,
-        expert_factors=(1, 1, expert),
-        num_microbatches=num_microbatches,
-        batch_size=num_microbatches * microbatch_size * data * expert,
-        seq_len=seq_len,
-        **{"schedule": "one_f_one_b", **plan_options},
-    )
+    options.setdefault("layers_per_stage", tuple(quotient + (stage < rest) for stage in range(stages)))
+    options.setdefault("batch_size", num_microbatches * microbatch_size * data * expert)
+    return Plan(pipe=pipe, data=data, expert=expert, num_microbatches=num_microbatches, **options)
+
+
+def make_executor(config: ModelConfig, **options) -> Executor:
+    """An executor of such a plan on the first devices; options that are no plan's are its own."""
+    own = {name: options.pop(name) for name in EXECUTOR_FIELDS & options.keys()}
+    plan = make_plan(config, **options)
     mesh = build_mesh(
-        pipe=pipe, data=data, expert_factors=plan.expert_factors, devices=jax.devices()[: plan.num_devices]
+        pipe=plan.pipe,
+        data=plan.data,
+        expert_factors=plan.expert_factors,
+        devices=jax.devices()[: plan.num_devices],
     )
-    return Executor(config, plan, mesh, **options)
+    return Executor(config, plan, mesh, **own)
 
 
 def random_batch(config: ModelConfig, plan: Plan, *, seed=0) -> dict[str, np.ndarray]:

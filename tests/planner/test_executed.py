@@ -2,25 +2,9 @@
 
 import pytest
 
-from benchmarks.cases import dense_model
+from benchmarks.cases import dense_model, make_plan
 from models import cost
 from piperjax.planner.executed import executed_flop
-from piperjax.planner.plan import Plan
-
-
-def plan_of(model, memory_mode):
-    return Plan(
-        pipe=2,
-        data=2,
-        expert=1,
-        expert_factors=(1, 1, 1),
-        schedule="one_f_one_b",
-        num_microbatches=4,
-        layers_per_stage=(2, 2),
-        batch_size=8,
-        seq_len=64,
-        memory_mode=memory_mode,
-    )
 
 
 @pytest.mark.parametrize(
@@ -34,4 +18,5 @@ def test_a_step_costs_three_forwards_and_what_is_run_again(memory_mode, forwards
     down = 4 * 2 * 64 * 256 if memory_mode in ("layer", "stage") else 0
     scores = 2 * sum(layer.attention_scores for layer in flop.layers) if memory_mode == "products" else 0
     expected = 8 * 64 * (forwards * layers - down + scores + 3 * flop.head) / 4
-    assert executed_flop(model, plan_of(model, memory_mode)) == pytest.approx(expected)
+    plan = make_plan(model, pipe=2, data=2, num_microbatches=4, memory_mode=memory_mode)
+    assert executed_flop(model, plan) == pytest.approx(expected)

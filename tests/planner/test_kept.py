@@ -64,9 +64,8 @@ def traced(monkeypatch, layer, memory_mode, *, expert, capacity_factor, dtype):
         seq_len=24,
         memory_mode=memory_mode,
         dtype=dtype,
+        capacity_factor=capacity_factor,
     )
-    plan = dataclasses.replace(executor.plan, capacity_factor=capacity_factor)
-    executor = dataclasses.replace(executor, plan=plan)
     found = []
 
     class Recorded(passes.LayerPasses):
@@ -75,7 +74,7 @@ def traced(monkeypatch, layer, memory_mode, *, expert, capacity_factor, dtype):
             found.append((self.kept, self.taps))
 
     monkeypatch.setattr(step, "LayerPasses", Recorded)
-    shape = (2, plan.microbatch_size, 24)
+    shape = (2, executor.plan.microbatch_size, 24)
     names = ("tokens", "targets", "positions", "segment_ids")
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
     batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)

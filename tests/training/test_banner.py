@@ -3,33 +3,26 @@
 import jax
 import pytest
 
+from benchmarks.cases import make_plan
 from meshes.platform import load_platform
 from models.presets import preset
-from piperjax.planner.plan import Plan
 from piperjax.training.banner import banner, bytes_per_device
-from piperjax.training.config import TrainConfig
+from piperjax.training.config import DataConfig, TrainConfig
 from piperjax.training.prediction import Prediction
 
 EXPECTED = Prediction(memory_bytes={"parameters": 2**30}, capacity_bytes=2**32)
 
 
-def make_plan(**changes):
-    values = dict(
-        pipe=2,
-        data=1,
-        expert=4,
-        expert_factors=(1, 1, 4),
-        schedule="one_f_one_b",
-        num_microbatches=4,
-        layers_per_stage=(3, 1),
-        batch_size=16,
-        seq_len=128,
+def tiny_run(**changes):
+    options = dict(pipe=2, expert=4, num_microbatches=4, layers_per_stage=(3, 1), seq_len=128) | changes
+    plan = make_plan(preset("tiny"), **options)
+    return TrainConfig(
+        model=preset("tiny"), plan=plan, out="runs/tiny", data=DataConfig(batch_size=plan.batch_size)
     )
-    return Plan(**(values | changes))
 
 
 def test_banner_drawn_out(executor):
-    config = TrainConfig(model=preset("tiny"), plan=make_plan(), out="runs/tiny")
+    config = tiny_run()
     options = {"prediction": EXPECTED, "notes": ("because of this", "and that")}
     text = banner(config, load_platform("cpu8"), executor.abstract_params, "some text", **options)
     parameters = bytes_per_device(executor.abstract_params) / 1024
@@ -49,15 +42,7 @@ def test_banner_drawn_out(executor):
 
 
 def test_one_of_each_is_singular_and_capacity_is_told(executor):
-    plan = make_plan(
-        pipe=1, expert=1, expert_factors=(1, 1, 1), num_microbatches=1, layers_per_stage=(4,), batch_size=1,
-        capacity_factor=1.25,
-    )  # fmt: skip
-    import dataclasses
-
-    config = TrainConfig(model=preset("tiny"))
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=1))
-    config = dataclasses.replace(config, plan=plan)
+    config = tiny_run(pipe=1, expert=1, num_microbatches=1, layers_per_stage=(4,), capacity_factor=1.25)
     text = banner(config, load_platform("cpu"), executor.abstract_params, "", prediction=EXPECTED)
     assert (
         "= 1 device, cpu" in text
@@ -67,8 +52,7 @@ def test_one_of_each_is_singular_and_capacity_is_told(executor):
 
 def test_a_prediction_of_seconds_has_a_line_of_its_own(executor):
     timed = Prediction(memory_bytes={}, step_seconds=0.25, uncertainty_fraction=0.1, parts={"compute": 0.25})
-    config = TrainConfig(model=preset("tiny"), plan=make_plan())
-    text = banner(config, load_platform("cpu8"), executor.abstract_params, "", prediction=timed)
+    text = banner(tiny_run(), load_platform("cpu8"), executor.abstract_params, "", prediction=timed)
     assert "\ntime      0.25 s a step predicted, give or take 10%: computation 100%\n" in text
 
 

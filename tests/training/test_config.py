@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from benchmarks.cases import make_plan
 from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
-from piperjax.planner.plan import Plan
 from piperjax.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -29,22 +29,12 @@ MODEL = ModelConfig(
 )
 
 
-def make_plan(**changes):
-    values = dict(
-        pipe=2,
-        data=1,
-        expert=2,
-        expert_factors=(1, 1, 2),
-        schedule="one_f_one_b",
-        num_microbatches=4,
-        layers_per_stage=(1, 1),
-        batch_size=16,
-        seq_len=128,
-    )
-    return Plan(**(values | changes))
+def plan_for(**changes):
+    options = dict(pipe=2, expert=2, num_microbatches=4, batch_size=16, seq_len=128) | changes
+    return make_plan(MODEL, **options)
 
 
-@pytest.mark.parametrize("plan", [None, make_plan()])
+@pytest.mark.parametrize("plan", [None, plan_for()])
 def test_configuration_survives_json(plan):
     config = TrainConfig(
         model=MODEL,
@@ -99,10 +89,10 @@ def test_impossible_values_are_refused(cls, values, sentence):
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
         ({"out": ""}, "out must be a non-empty string"),
-        ({"plan": make_plan(seq_len=64)}, "plan.seq_len and data.seq_len must agree, got 64 and 128"),
-        ({"plan": make_plan(layers_per_stage=(1, 2))}, "holds 3 layers but model test has 2"),
+        ({"plan": plan_for(seq_len=64)}, "plan.seq_len and data.seq_len must agree, got 64 and 128"),
+        ({"plan": plan_for(layers_per_stage=(1, 2))}, "holds 3 layers but model test has 2"),
         (
-            {"plan": make_plan(expert=8, expert_factors=(1, 2, 4), num_microbatches=2)},
+            {"plan": plan_for(expert=8, expert_factors=(1, 2, 4), num_microbatches=2)},
             "must divide the 4 experts of model test, got plan.expert = 8",
         ),
     ],
