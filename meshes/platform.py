@@ -4,6 +4,7 @@ import re
 import tomllib
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from math import gcd
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -195,6 +196,12 @@ def known_platforms() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("*.toml"))
 
 
+@lru_cache(maxsize=64)
+def _shipped(name: str) -> Platform:
+    # The same object every time: what is remembered by platform need not compare tables.
+    return _read(Path(__file__).parent / f"{name}.toml")
+
+
 def load_platform(name_or_path: str) -> Platform:
     """Reads a machine description: a name from `known_platforms`, or the path of a TOML file.
 
@@ -203,7 +210,7 @@ def load_platform(name_or_path: str) -> Platform:
     """
     text = str(name_or_path)
     if text in known_platforms():
-        return _read(Path(__file__).parent / f"{text}.toml")
+        return _shipped(text)
     if text.endswith(".toml") or "/" in text:
         return _read(Path(text))
     near = get_close_matches(text, known_platforms(), n=1)

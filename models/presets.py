@@ -7,6 +7,7 @@ cannot express, the docstring says what is left out.
 import difflib
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from models.config import (
@@ -22,8 +23,9 @@ from models.config import (
 Attention = GroupedQueryAttention | LatentAttention
 
 
+@lru_cache(maxsize=64)
 def preset(name: str) -> ModelConfig:
-    """Returns the named model.
+    """Returns the named model, the same object every time: what is remembered by model need not compare layers.
 
     Raises:
       ValueError: if there is none of that name; the sentence names the nearest one and lists all.

@@ -13,6 +13,7 @@ from models.presets import PRESETS, named_model, preset
 def test_presets_are_named_after_their_function_and_survive_json(name):
     config = preset(name)
     assert config.name == name
+    assert preset(name) is config
     assert ModelConfig.from_dict(config.to_dict()) == config
 
 
