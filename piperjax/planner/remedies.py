@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
+from math import inf
 
 import numpy as np
 
-from piperjax.planner.candidates import AXES, Mesh, Question, Rejections, meshes
-from piperjax.planner.cells import memory_backend
-from piperjax.planner.memory import RankMemory, estimate_memory
+from piperjax.planner.candidates import AXES, Mesh, Question, Rejections, meshes, orders, vocabularies
+from piperjax.planner.cells import layers_by_flop, memory_backend
+from piperjax.planner.kept import Share
+from piperjax.planner.memory import Layout, RankMemory, estimate_memory, rank_memory
 from piperjax.planner.scoring import Scores, capacity_bytes, score
+from piperjax.schedules.profile import Slots
 
 GIB = 2**30
 # A usual factor: rows beyond it are dropped.
@@ -113,14 +117,41 @@ def _relaxed(question: Question) -> Iterator[tuple[Question, str]]:
         yield replace(question, wished=limit), f"without {dropped}, {words}"
 
 
+def least_bytes(question: Question, mesh: Mesh) -> float:
+    """Bytes on a device that no plan on a mesh does without: its parameters, their moments, copies and gradients.
+
+    What does not even hold these need not be searched, and that is most of what is too small by far.
+    """
+    share = Share(sequences=0, seq_len=question.seq_len, expert=mesh.expert, dtype=question.dtype)
+    stages = {mesh.pipe * order.num_chunks for order in orders(question, mesh.pipe)}
+    choices = product(
+        stages, vocabularies(question, mesh.pipe), (False, True) if mesh.pipe == 1 else (False,)
+    )
+    least = inf
+    for num_stages, vocabulary, is_straight in choices:
+        layout = Layout(
+            **mesh._asdict(),
+            layers_per_stage=layers_by_flop(question.model, question.seq_len, num_stages),
+            num_microbatches=1,
+            share=share,
+            slots=Slots(0, 0, 0, 0),
+            vocabulary=vocabulary,
+            is_straight=is_straight,
+        )
+        memory = rank_memory(question.model, layout, backend=memory_backend(question))
+        lasting = memory.parameters + memory.moments + memory.compute_copy + memory.gradients
+        least = min(least, lasting)
+    return least + question.platform.device.reserve_bytes
+
+
 def _without_axes(question: Question) -> dict:
     return {name: value for name, value in question.wished.items() if name not in AXES}
 
 
 def _leanest_mesh(question: Question, *, near: Question) -> Mesh | None:
     """Of the meshes on which something fits, the one closest to the wished sizes."""
-    rejections = Rejections()
-    possible = meshes(question, rejections)
+    rejections, room = Rejections(), capacity_bytes(question)
+    possible = [mesh for mesh in meshes(question, rejections) if least_bytes(question, mesh) <= room]
     if not possible:
         return None
     scores = score(question, possible, rejections)

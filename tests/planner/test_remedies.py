@@ -3,13 +3,14 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from meshes.platform import load_platform
 from models.presets import preset
 from piperjax.planner.candidates import Question, Rejections, meshes
 from piperjax.planner.memory import RankMemory
-from piperjax.planner.remedies import check_room, largest_terms, memory_of, nearest_that_fits
+from piperjax.planner.remedies import check_room, largest_terms, least_bytes, memory_of, nearest_that_fits
 from piperjax.planner.scoring import capacity_bytes, score
 
 FRONTIER = load_platform("frontier")
@@ -68,6 +69,22 @@ def test_room_is_checked_against_the_leanest_plan():
     )
     fitting = asked()
     check_room(fitting, scored(fitting))
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        asked("deepseek_v3", 256),
+        asked("mixtral_8x7b", 16, capacity_factor=1.0),
+        replace(asked("small", 8, load_platform("cpu8")), batch_size=16, seq_len=256, dtype="float32"),
+    ],
+    ids=lambda question: question.model.name,
+)
+def test_least_bytes_are_less_than_any_plan_needs_and_rule_out_what_is_far_too_small(question):
+    scores = scored(question)
+    for number, mesh in enumerate(scores.meshes):
+        needed = scores.num_bytes[scores.mesh == number].min(initial=np.inf)
+        assert needed / 4 < least_bytes(question, mesh) < needed, mesh
 
 
 def test_largest_terms_are_in_words():
