@@ -73,8 +73,7 @@ def auto(
     shortest = _least_seconds(num_ranks, num_microbatches, num_chunks, costs)
     best, best_seconds = None, inf
     for schedule in _candidates(num_ranks, num_microbatches, num_chunks, costs, memory_limit):
-        for laid_out in _fitting(schedule, memory_limit, clock):
-            seconds = _seconds(laid_out, costs, clock)
+        for laid_out, seconds in _fitting(schedule, costs, memory_limit, clock):
             if seconds < best_seconds - 1e-12:
                 best, best_seconds = laid_out, seconds
         if best_seconds <= shortest * (1 + 1e-9):
@@ -138,29 +137,26 @@ def _caps(P: int, v: int, most: int) -> Iterator[tuple[int, ...]]:
         yield tuple(min(most, v * (hops * (P - rank - 1) + 1)) for rank in range(P))
 
 
-def _fitting(schedule: Schedule, limit: float, clock: str) -> Iterator[Schedule]:
-    """The schedule if it fits the limit, on each clock that does."""
-    allowed = limit * schedule.num_chunks + 1e-9
+def _fitting(
+    schedule: Schedule, costs: ActionCosts, limit: float, clock: str
+) -> Iterator[tuple[Schedule, float]]:
+    """The schedule if it fits the limit, on each clock that does, and the seconds of a step."""
+    allowed, per_chunk = limit * schedule.num_chunks + 1e-9, chunk_costs(schedule, costs)
     if clock == "async":
         if _most_held(schedule) <= allowed:
-            yield schedule
+            yield schedule, simulate(schedule, per_chunk).step_seconds
         return
     # Two actions per tick make the same wave of any order on a V, and that one has a name already.
     known = schedule.name == "auto" and schedule.stage_of_chunk == v_placement(schedule.num_ranks)
     for slots in ("single",) if known else ("dual", "single"):
         laid_out = replace(schedule, clock=slots)
-        if max(pack(laid_out).peak_held()) <= allowed:
-            yield laid_out
+        table = pack(laid_out)
+        if max(table.peak_held()) <= allowed:
+            yield laid_out, lockstep(table, per_chunk).step_seconds
 
 
 def _most_held(schedule: Schedule) -> int:
     return max(most_between("F", "BW", actions) for actions in schedule.ranks)
-
-
-def _seconds(schedule: Schedule, costs: ActionCosts, clock: str) -> float:
-    per_chunk = chunk_costs(schedule, costs)
-    timeline = simulate(schedule, per_chunk) if clock == "async" else lockstep(pack(schedule), per_chunk)
-    return timeline.step_seconds
 
 
 def _greedy(trial: Trial, num_microbatches: int, costs: ActionCosts) -> Schedule | None:

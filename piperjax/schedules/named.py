@@ -4,8 +4,10 @@ A builder is a function `(num_ranks, num_microbatches) -> Schedule`, with `num_c
 the number of stages per pipe rank is a choice.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 
 from piperjax.schedules.classic import gpipe, one_f_one_b
 from piperjax.schedules.dualpipe import check as check_dualpipe_v
@@ -67,11 +69,12 @@ NAMED = {
 }
 
 
-def build_all(num_ranks: int, num_microbatches: int, num_chunks: int) -> Iterator[Schedule]:
-    """Every named schedule that exists for these numbers."""
+@lru_cache(maxsize=16)
+def build_all(num_ranks: int, num_microbatches: int, num_chunks: int) -> tuple[Schedule, ...]:
+    """Every named schedule that exists for these numbers; remembered, as `auto` asks again for other times."""
+    found = []
     for entry in NAMED.values():
         if entry.takes_chunks or entry.num_chunks == num_chunks:
-            try:
-                yield entry.build(num_ranks, num_microbatches, num_chunks)
-            except ValueError:
-                continue  # It does not exist for so few microbatches, or for this number.
+            with suppress(ValueError):  # It does not exist for so few microbatches, or for this number.
+                found.append(entry.build(num_ranks, num_microbatches, num_chunks))
+    return tuple(found)
