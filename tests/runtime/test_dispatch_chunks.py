@@ -4,9 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.dispatch_cases import Case, check, masked_multiply
-from meshes.axes import EXPERT
+from benchmarks.dispatch_cases import Case, D, check, masked_multiply
+from meshes.axes import BATCH, EXPERT
 from piperjax.runtime.dispatch import DISPATCHERS, make_experts
+from piperjax.runtime.grouped_matmul import grouped_matmul
+from piperjax.runtime.program import is_variable, trace
+from piperjax.runtime.varying import vary
 
 CASE = Case(P=8, E=16, k=3, factors=(1, 2, 4))
 
@@ -27,3 +30,55 @@ def test_chunks_that_do_not_divide_are_refused(dispatch):
         jax.eval_shape(
             CASE.function(experts, masked_multiply), arrays["x"], arrays["gates"], arrays["w"], ids
         )
+
+
+def products_before(equations):
+    """For every exchange of rows between nodes, in the order of the program: which products it waits for.
+
+    Products are numbered as they come.
+    """
+    before, counted, found = {}, 0, []
+    for equation in equations:
+        waits = frozenset().union(*(before.get(v, frozenset()) for v in equation.invars if is_variable(v)))
+        name = equation.primitive.name
+        if name == "multiply":
+            waits, counted = waits | {counted}, counted + 1
+        elif name in ("all_gather", "all_to_all") and "expert_node" in equation.params["axis_name"]:
+            (operand,) = equation.invars
+            if operand.aval.shape[-1] == D:
+                found.append((name, waits))
+        before |= dict.fromkeys(equation.outvars, waits)
+    return found
+
+
+def test_exchanges_between_nodes_wait_for_experts_two_chunks_back_only():
+    chunks, traced = 4, []
+    experts = make_experts("halo2_dedup", EXPERT, 0.0, chunks=chunks)
+
+    def per_device(x, gates, w, ids):
+        def layer(x, gates, w):
+            return experts(lambda rows, sizes: grouped_matmul(rows, w, sizes), x, ids, gates, CASE.E)[0]
+
+        def both(x, gates, w, dy):
+            y, vjp = jax.vjp(layer, x, gates, w)
+            return [y, *vjp(dy)]
+
+        traced.append(trace(both, x, gates, vary(w), x))
+        return x
+
+    arrays = CASE.arrays(np.random.default_rng(0))
+    ids = np.zeros((len(arrays["x"]), CASE.k), np.int32)
+    spec = jax.P(BATCH)
+    mapped = jax.shard_map(
+        per_device, mesh=CASE.mesh(), in_specs=(spec, spec, jax.P(EXPERT), spec), out_specs=spec
+    )
+    jax.eval_shape(mapped, arrays["x"], arrays["gates"], arrays["w"], ids)
+    found = products_before(traced[0].equations)
+    sent = [waits for name, waits in found if name == "all_gather"]
+    returned = [waits for name, waits in found if name == "all_to_all"]
+    # Forward: chunk c is sent beside the product of c - 1, and collected beside that of c + 1.
+    assert [max(waits, default=-1) for waits in sent[:chunks]] == [-1, -1, 0, 1]
+    assert [max(waits) for waits in returned[:chunks]] == [0, 1, 2, 3]
+    # Backward likewise from the last chunk on: gradients of results are sent, those of tokens collected.
+    assert [max(waits) for waits in sent[chunks:]] == [3, 3, 4, 5]
+    assert [max(waits) for waits in returned[chunks:]] == [4, 5, 6, 7]

@@ -1,12 +1,18 @@
 """Rows that cross to a node once give the results and gradients of the dense sum, and cross no more often."""
 
 import functools
+import math
+import os
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks.dispatch_cases import Case, check, masked_multiply
+from benchmarks.dispatch_cases import Case, assert_close, check, masked_multiply, route, truth
 from meshes.axes import EXPERT
+from piperjax.runtime import permute
 from piperjax.runtime.dispatch import make_experts
 from piperjax.runtime.dispatch_nodes_limited import limits
 from piperjax.runtime.dispatcher import Sharing
@@ -69,3 +75,69 @@ def test_limits_drop_later_tokens_and_count_them(case, capacity_factor):
     run = case.compiled(make_experts("halo2_dedup", EXPERT, capacity_factor), masked_multiply)
     kept_of = functools.partial(simulate_drops, case, capacity_factor=capacity_factor)
     check(case, run, np.random.default_rng(1), kept_of=kept_of)
+
+
+def test_equals_flat_bit_for_bit_where_nothing_is_added_up():
+    # With one expert per token there are no sums.
+    case = Case(P=8, E=16, k=1, factors=(1, 2, 4))
+    rng = np.random.default_rng(2)
+    arrays = case.arrays(rng)
+    ids = route(rng, "zipf", len(arrays["x"]), case.E, case.k)
+    (flat, flat_grads), (ours, our_grads) = (
+        case.compiled(make_experts(name, EXPERT, 0.0), masked_multiply)(arrays, ids)
+        for name in ("flat", "halo2_dedup")
+    )
+    np.testing.assert_array_equal(ours[0], flat[0])
+    for found, expected in zip(our_grads[:2], flat_grads[:2], strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("capacity_factor", "chunks"), [(0.0, 1), (0.75, 1), (0.75, 2)])
+def test_dead_rows_full_of_nan_change_nothing(monkeypatch, capacity_factor, chunks):
+    case = Case(P=8, E=16, k=3, factors=(1, 4, 2))
+    experts = make_experts("halo2_dedup", EXPERT, capacity_factor, chunks=chunks)
+    rng = np.random.default_rng(3)
+    arrays = case.arrays(rng)
+    ids = route(rng, "zipf", len(arrays["x"]), case.E, case.k)
+    plain = case.compiled(experts, masked_multiply)(arrays, ids)
+    monkeypatch.setattr(permute, "DEAD_FILL", math.nan)
+    poisoned = case.compiled(experts, masked_multiply)(arrays, ids)
+    jax.tree.map(np.testing.assert_array_equal, poisoned, plain)
+
+
+def test_experts_may_live_anywhere():
+    case = Case(P=8, E=16, k=2, factors=(1, 2, 4))
+    rng = np.random.default_rng(4)
+    arrays = case.arrays(rng)
+    ids = route(rng, "zipf", len(arrays["x"]), case.E, case.k)
+    physical = rng.permutation(case.E)
+    moved = arrays | {"w": arrays["w"][np.argsort(physical)]}
+    experts = make_experts("halo2_dedup", EXPERT, 0.0, physical_of_logical=tuple(physical.tolist()))
+    (y, _), (dx, dgates, dw) = case.compiled(experts, masked_multiply)(moved, ids)
+    expected, (truth_dx, truth_dgates, truth_dw) = truth(arrays, ids)
+    assert_close(y, expected, 1e-6)
+    for found, wanted in ((dx, truth_dx), (dgates, truth_dgates), (np.asarray(dw)[physical], truth_dw)):
+        assert_close(found, wanted, 1e-5)
+
+
+@pytest.mark.slow
+def test_sixteen_devices():
+    program = """
+import sys; sys.path[:0] = ['.', 'tests/runtime']
+from test_dispatch_nodes import *
+shapes = ((2, 2, 4), 32, 4), ((1, 4, 4), 16, 3), ((1, 8, 2), 64, 2), ((4, 4, 1), 16, 2), ((1, 1, 16), 32, 2)
+for factors, E, k in shapes:
+    case = Case(P=16, E=E, k=k, factors=factors)
+    for name in ('flat', 'halo2', 'halo3'):
+        check(case, case.compiled(make_experts(name, EXPERT, 0.0), masked_multiply), np.random.default_rng(0))
+    for chunks in (1, 3):
+        run = case.compiled(make_experts('halo2_dedup', EXPERT, 0.0, chunks=chunks), masked_multiply)
+        check(case, run, np.random.default_rng(0))
+    kept_of = functools.partial(simulate_drops, case, capacity_factor=0.8)
+    run = case.compiled(make_experts('halo2_dedup', EXPERT, 0.8), masked_multiply)
+    check(case, run, np.random.default_rng(0), kept_of=kept_of)
+"""
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=16"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
