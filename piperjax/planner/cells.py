@@ -74,7 +74,11 @@ def groups(question: Question, meshes: list[Mesh]) -> Iterator[list[Cell]]:
 
 def ways_on(question: Question, mesh: Mesh, tokens: int) -> tuple[Way, ...]:
     """Ways of dispatch that differ on a mesh, for so many tokens of a microbatch on a device."""
-    possible = tuple(way for way in dispatch_ways(question) if tokens % way.chunks == 0)
+    possible = tuple(
+        way
+        for way in dispatch_ways(question)
+        if tokens % way.chunks == 0 and not (mesh.pipe > 1 and named(way.dispatch).waits_for_all)
+    )
     if mesh.expert == 1:
         return possible[:1]
     *nodes, local = question.platform.expert_factors(**mesh._asdict())

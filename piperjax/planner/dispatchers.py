@@ -78,6 +78,19 @@ def named(dispatcher: str) -> Dispatcher:
     return DISPATCHERS[dispatcher]
 
 
+def check_pipe(dispatcher: str, pipe: int) -> None:
+    """Checks that a dispatcher can run in the stages of a pipeline.
+
+    Raises:
+      ValueError: if there is no such dispatcher, or it cannot.
+    """
+    if pipe > 1 and named(dispatcher).waits_for_all:
+        raise ValueError(
+            f"dispatcher {dispatcher!r} sends permutes, which wait for every device of the mesh, and pipe ranks run at "
+            f"different times, so pipe must be 1, got {pipe}; use {dispatcher.replace('halo3', 'halo2')!r}"
+        )
+
+
 def check_chunks(dispatcher: str, chunks: int, tokens: int | None = None) -> None:
     """Checks that there is such a dispatcher, and that the tokens of a microbatch on a device divide into its chunks.
 

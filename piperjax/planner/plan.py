@@ -6,7 +6,7 @@ from typing import Any
 from meshes.platform import Platform
 from models import cost
 from models.config import ModelConfig
-from piperjax.planner.dispatchers import check_chunks
+from piperjax.planner.dispatchers import check_chunks, check_pipe
 from piperjax.planner.partition import partition_model
 from piperjax.schedules import registry
 from piperjax.schedules.filling import RECOMPUTING_UNITS, UNITS
@@ -86,6 +86,7 @@ class Plan:
             raise ValueError(f"capacity_factor must be 0 (dropless) or positive, got {self.capacity_factor}")
         self._check_batch()
         check_chunks(self.dispatch, self.dispatch_chunks, self.tokens_per_device)
+        check_pipe(self.dispatch, self.pipe)
         # The schedule is built where it is used: searching looks at more plans than it builds.
         chunks = registry.check(self.schedule, self.pipe, self.num_microbatches, self.num_chunks)
         if chunks * self.pipe != len(self.layers_per_stage):

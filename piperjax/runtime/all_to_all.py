@@ -72,7 +72,8 @@ def _halo2(x: jax.Array, axes: Axes) -> jax.Array:
 def _halo3(x: jax.Array, axes: Axes) -> jax.Array:
     """To a leader for each pair of nodes, to the same local index of the other node, from there to the destination.
 
-    Between nodes a device sends ceil(N / L) messages, up to L^2 times as large as flat ones (`_Leaders`).
+    Between nodes a device sends ceil(N / L) messages, up to L^2 times as large as flat ones (`_Leaders`). They are
+    permutes, for which all devices of a mesh wait: not for branches that some devices do not take.
     """
     nodes, local = split_axes(axes)
     if not nodes or not local:
@@ -82,6 +83,10 @@ def _halo3(x: jax.Array, axes: Axes) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _through_leaders(x: jax.Array, nodes: Axes, local: Axes) -> jax.Array:
+    return _by_leaders(x, nodes, local)
+
+
+def _by_leaders(x: jax.Array, nodes: Axes, local: Axes) -> jax.Array:
     N, L = axes_size(nodes), axes_size(local)
     leaders = _Leaders(N, L)
     rows = x.reshape(N, L, -1)
@@ -105,8 +110,8 @@ def _through_leaders(x: jax.Array, nodes: Axes, local: Axes) -> jax.Array:
 
 # Applied twice it is the identity. The transpose of its gathers, taken one by one, would be scatters.
 _through_leaders.defvjp(
-    lambda x, nodes, local: (_through_leaders(x, nodes, local), None),
-    lambda nodes, local, _, dy: (_through_leaders(dy, nodes, local),),
+    lambda x, nodes, local: (_by_leaders(x, nodes, local), None),
+    lambda nodes, local, _, dy: (_by_leaders(dy, nodes, local),),
 )
 
 

@@ -21,7 +21,7 @@ from piperjax.runtime import dispatch_nodes_limited as limited
 from piperjax.runtime.all_to_all import split_axes
 from piperjax.runtime.dispatch_nodes_limited import Rows
 from piperjax.runtime.dispatcher import DISPATCHED, Dispatcher, ExpertFFN, Sharing
-from piperjax.runtime.fan import fan_in, fan_out
+from piperjax.runtime.fan import fan_in, fan_out, fan_out_whole_numbers
 from piperjax.runtime.group_rows import group_by_expert
 from piperjax.runtime.permute import combine_rows, spread_rows
 from piperjax.runtime.varying import vary_like
@@ -47,12 +47,17 @@ class Hops(NamedTuple):
 def _to_all_nodes(rows: Rows, sharing: Sharing) -> tuple[Rows, None, jax.Array]:
     nodes, _ = split_axes(sharing.axes)
     dropped = vary_like(jnp.zeros((), jnp.float32), rows.x)
-    return Rows(*(fan_out(leaf, nodes) for leaf in rows)), None, dropped
+    return _fanned_out(rows, nodes), None, dropped
 
 
 def _to_all_devices(rows: Rows, sharing: Sharing) -> tuple[Rows, None]:
     _, local = split_axes(sharing.axes)
-    return Rows(*(fan_out(leaf, local) for leaf in rows)), None
+    return _fanned_out(rows, local), None
+
+
+def _fanned_out(rows: Rows, axes: tuple[str, ...]) -> Rows:
+    ids = fan_out_whole_numbers(rows.expert_ids, axes)
+    return Rows(fan_out(rows.x, axes), ids, fan_out(rows.gates, axes))
 
 
 WHOLE = Hops(

@@ -12,6 +12,11 @@ from piperjax.runtime.all_to_all import axes_size
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def fan_out(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Per device: the rows [M, ...] of all n devices along the axes, [n M, ...]."""
+    return fan_out_whole_numbers(x, axes)
+
+
+def fan_out_whole_numbers(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`fan_out` of what has no gradient, and without one of its own, so that memory modes can see what it does."""
     return lax.all_gather(x, axes, tiled=True) if axes else x
 
 
@@ -22,6 +27,10 @@ def fan_in(y: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     Adds in at least float32 what travels in the dtype of y, once and directly: a reduce_scatter would round sums to
     that dtype at every hop, and in an order of its own.
     """
+    return _in(y, axes)
+
+
+def _in(y: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     if not axes:
         return y
     parts = lax.all_to_all(y, axes, 0, 0, tiled=True)
@@ -31,5 +40,5 @@ def fan_in(y: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 # The transpose of an all_gather is a reduce_scatter, for which the reservations above hold.
-fan_out.defvjp(lambda x, axes: (fan_out(x, axes), None), lambda axes, _, dy: (fan_in(dy, axes),))
-fan_in.defvjp(lambda y, axes: (fan_in(y, axes), None), lambda axes, _, dx: (fan_out(dx, axes),))
+fan_out.defvjp(lambda x, axes: (fan_out_whole_numbers(x, axes), None), lambda axes, _, dy: (_in(dy, axes),))
+fan_in.defvjp(lambda y, axes: (_in(y, axes), None), lambda axes, _, dx: (fan_out_whole_numbers(dx, axes),))

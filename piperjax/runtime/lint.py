@@ -35,8 +35,8 @@ class Collective:
 
     @property
     def may_deadlock(self) -> bool:
-        """Whether some partner may never come."""
-        return bool(self.axes & self.divergent_axes)
+        """Whether some partner may never come. A permute waits for all devices, also those of no pair of its own."""
+        return bool(self.divergent_axes if self.name == "ppermute" else self.axes & self.divergent_axes)
 
 
 def collectives(jaxpr: ClosedJaxpr) -> list[Collective]:

@@ -2,7 +2,16 @@
 
 import pytest
 
-from piperjax.planner.dispatchers import DISPATCHERS, EXECUTABLE, Dispatcher, Way, check_chunks, named, ways
+from piperjax.planner.dispatchers import (
+    DISPATCHERS,
+    EXECUTABLE,
+    Dispatcher,
+    Way,
+    check_chunks,
+    check_pipe,
+    named,
+    ways,
+)
 
 
 def test_names_say_what_they_do():
@@ -38,3 +47,10 @@ def test_chunks_divide_the_tokens():
 def test_a_flat_exchange_cannot_de_duplicate():
     with pytest.raises(ValueError, match="use halo2 or halo3 to de-duplicate"):
         Dispatcher(name="mine", algorithm="flat", deduplicates=True)
+
+
+def test_permutes_have_no_place_in_a_pipeline():
+    check_pipe("halo2_dedup", 4)
+    check_pipe("halo3", 1)
+    with pytest.raises(ValueError, match="pipe must be 1, got 2; use 'halo2_dedup'"):
+        check_pipe("halo3_dedup", 2)

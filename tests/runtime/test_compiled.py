@@ -1,11 +1,13 @@
 """What the compiler makes of a step: memory that does not follow microbatches, no scatter, GPU lowering."""
 
 import re
+from collections import Counter
 
 import jax
 import pytest
 
 from benchmarks.cases import abstract_batch, compiled_step, make_executor, moe_model, router_bias
+from piperjax.runtime.lint import collectives
 from piperjax.training.config import OptimizerConfig
 from piperjax.training.optimizer import apply, init_moments
 
@@ -64,6 +66,43 @@ def test_the_train_step_lowers_for_gpus_from_a_cpu(platform, dtype):
     # Expert matrices go through the Triton kernel, not through a dense or a ragged product.
     assert re.search(r"triton", text)
     assert "ragged_dot" not in text
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_rows_that_cross_once_lower_for_gpus_in_chunks(platform):
+    executor = make_executor(
+        moe_model(), pipe=2, expert=4, expert_factors=(1, 2, 2), num_microbatches=4, dtype="bfloat16",
+        schedule="zb_h1", dispatch="halo2_dedup", dispatch_chunks=2, memory_mode="named",
+    )  # fmt: skip
+    arguments = (executor.abstract_params, router_bias(executor.config), abstract_batch(executor))
+    text = jax.jit(executor.gradients).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    assert "optimization_barrier" in text
+    assert "triton" in text
+    assert text.count('"stablehlo.scatter"') == 1  # the embedding's gradient
+
+
+@pytest.mark.parametrize(
+    ("memory_mode", "repeated"), [("layer", 6), ("named", 0), ("products", 0), ("stash", 0)]
+)
+def test_backward_repeats_no_exchange_of_rows_that_cross_once(memory_mode, repeated):
+    chunks = 2
+    executor = make_executor(
+        moe_model(), expert=4, expert_factors=(1, 2, 2), num_microbatches=4, memory_mode=memory_mode,
+        dispatch="halo2_dedup", dispatch_chunks=chunks,
+    )  # fmt: skip
+    arguments = (executor.abstract_params, router_bias(executor.config), abstract_batch(executor))
+    found = Counter(
+        one.name
+        for one in collectives(jax.make_jaxpr(executor.gradients)(*arguments))
+        if one.axes in ({"expert_node"}, {"expert_local"})
+    )
+    # Between nodes and inside of them rows, gates and ids go out, and gradients of results; sums of results and of
+    # the gradients of rows and gates come back. Rows are not made again without what stands at the same barrier.
+    beside = chunks - 1 if repeated else 0
+    assert found == {
+        "all_gather": chunks * (2 * (3 + 1) + repeated),
+        "all_to_all": chunks * 2 * (1 + 2) + beside,
+    }
 
 
 @pytest.mark.parametrize(

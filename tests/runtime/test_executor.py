@@ -262,7 +262,6 @@ DISPATCHED = [
     ("zb_h1", "stash", "halo2_dedup", 1),
     ("zb_v", "stash", "halo2", 2),
     ("interleaved", "products", "halo2_dedup", 2),
-    ("one_f_one_b", "named", "halo3", 1),
 ]
 
 
@@ -396,9 +395,12 @@ def test_a_whole_vocabulary_cannot_deadlock():
     check_cannot_deadlock("zb_v", (2, 2, 1), "layer", vocabulary="whole")
 
 
-@pytest.mark.parametrize(("dispatch", "chunks"), [("halo3", 1), ("halo2_dedup", 2)])
-def test_dispatch_by_nodes_and_in_chunks_cannot_deadlock(dispatch, chunks):
-    check_cannot_deadlock("zb_h1", (2, 4, 1), "layer", dispatch=dispatch, dispatch_chunks=chunks)
+def test_dispatch_by_nodes_and_in_chunks_cannot_deadlock():
+    check_cannot_deadlock("zb_h1", (2, 4, 1), "layer", dispatch="halo2_dedup", dispatch_chunks=2)
+
+
+def test_dispatch_through_leaders_equals_one_device():
+    check_equal(model(), plan_for(model(), dispatch="halo3", expert=4, data=2), tolerance=1e-5)
 
 
 def test_bfloat16_stays_near_float32():

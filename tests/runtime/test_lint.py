@@ -67,3 +67,16 @@ def test_a_loop_whose_trips_differ_must_not_hold_a_collective_over_the_same_axis
 
     with pytest.raises(ValueError, match="may wait for devices in another branch"):
         check_no_deadlock(jaxpr_of(body))
+
+
+def test_a_permute_waits_for_all_devices_even_in_a_branch_by_another_axis():
+    def body(x):
+        def swap(x):
+            return lax.ppermute(x, "data", [(0, 1), (1, 0)])
+
+        return lax.cond(lax.axis_index("pipe") == 0, swap, lambda x: x, x)
+
+    with pytest.raises(
+        ValueError, match=r"ppermute over \['data'\] under a predicate that varies over \['pipe'\]"
+    ):
+        check_no_deadlock(jaxpr_of(body))
