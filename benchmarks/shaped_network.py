@@ -101,9 +101,12 @@ class ShapedNetwork:
                 f"tc qdisc add dev {port} {shape}",
                 f"tc -n {node} qdisc add dev eth0 {shape}",
             ]
-        # Congestion control of the host may pace or probe; Reno's window is all that limits a flow that loses nothing.
-        reno = ["sh", "-c", "echo reno > /proc/sys/net/ipv4/tcp_congestion_control"]
-        return [command.split() for command in made] + [["ip", "netns", "exec", n, *reno] for n in self.nodes]
+        # Congestion control of the host may pace or probe, and after a pause a flow would grow its window anew in steps
+        # of a round trip through full queues. Fabrics do neither: Reno's window stays as large as it once was.
+        keep = "cd /proc/sys/net/ipv4; echo reno > tcp_congestion_control; echo 0 > tcp_slow_start_after_idle"
+        return [command.split() for command in made] + [
+            ["ip", "netns", "exec", node, "sh", "-c", keep] for node in self.nodes
+        ]
 
 
 def reason_to_skip(
@@ -176,8 +179,17 @@ def remove_stale(*, run: Run | None = None, hosts: Path = HOSTS) -> None:
     """Removes what runs left behind that were killed: networks whose owner is no more."""
     run = run or _run
     for owner in _existing(run, hosts):
-        if not Path(f"/proc/{owner}").exists():
+        if not _is_alive(owner):
             remove(owner, run=run, hosts=hosts)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    # The state follows the name, which is in brackets. A killed process may stay as a zombie.
+    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def _existing(run: Run, hosts: Path) -> dict[int, list[tuple[str, str]]]:
