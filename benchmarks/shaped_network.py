@@ -30,6 +30,14 @@ ROOT = Path(__file__).resolve().parent.parent
 BURST_BYTES = 65_536
 # Ethernet, IP and TCP with time stamps, of which a frame has 66 bytes and its payload 1,448.
 PAYLOAD_FRACTION = 1448 / 1514
+# What one socket may leave waiting at its interface; all that it has would wait there in front of others.
+SOCKET_BYTES = 16_384
+# Congestion control of the host may pace or probe, and after a pause a flow would grow its window anew in steps of a
+# round trip through full queues. Fabrics do neither: Reno's window stays as large as it once was.
+_TCP = (
+    "cd /proc/sys/net/ipv4; echo reno > tcp_congestion_control; echo 0 > tcp_slow_start_after_idle; "
+    f"echo {SOCKET_BYTES} > tcp_limit_output_bytes"
+)
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess]
 
@@ -101,11 +109,9 @@ class ShapedNetwork:
                 f"tc qdisc add dev {port} {shape}",
                 f"tc -n {node} qdisc add dev eth0 {shape}",
             ]
-        # Congestion control of the host may pace or probe, and after a pause a flow would grow its window anew in steps
-        # of a round trip through full queues. Fabrics do neither: Reno's window stays as large as it once was.
-        keep = "cd /proc/sys/net/ipv4; echo reno > tcp_congestion_control; echo 0 > tcp_slow_start_after_idle"
+        made += [f"ip -n {node} link set eth0 gso_max_size {SOCKET_BYTES}" for node in self.nodes]
         return [command.split() for command in made] + [
-            ["ip", "netns", "exec", node, "sh", "-c", keep] for node in self.nodes
+            ["ip", "netns", "exec", node, "sh", "-c", _TCP] for node in self.nodes
         ]
 
 

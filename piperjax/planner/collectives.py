@@ -234,7 +234,8 @@ def halo(
     that arrived, else more.
 
     Striped, phase I also moves what leaves to a leader for each pair of nodes, local index (n + m) mod local; a device
-    then sends 1 / local as many messages, local times as large.
+    then sends 1 / local as many messages, local times as large. With fewer nodes than that, several leaders share a
+    pair.
 
     In chunks, phase III of one runs beside phase II of the next: the longer of the two counts in full and the other
     for one chunk, with as many times the messages.
@@ -256,8 +257,8 @@ def halo(
         gathered, sent_first = _messages(platform, within, (near_bytes + far_bytes) / local)
         rounds = ceil((num_nodes - 1) / local)
         fewer = tuple(count * rounds / (num_nodes - 1) for count in beyond)
-        crossed, sent_far = _messages(platform, fewer, per_node * local)
-        # With fewer pairs of nodes than leaders some leaders have nothing to send; bytes are counted on average.
+        crossed, sent_far = _messages(platform, fewer, per_node * local / leaders_of_a_pair(num_nodes, local))
+        # Some leaders have nothing to send, those of a node and itself; bytes are counted on average.
         sent_far = [count * per_node for count in beyond]
         seconds = gathered + crossed + spread
     else:
@@ -267,6 +268,11 @@ def halo(
         seconds = _larger(crossed + spread / chunks, crossed / chunks + spread)
     sent = [sum(parts) for parts in zip(sent_first, sent_far, sent_last, strict=True)]
     return _transfer(platform, seconds, sent, own_bytes=near_bytes / local)
+
+
+def leaders_of_a_pair(num_nodes: int, local: int) -> int:
+    """Devices of a node that share what it sends to another, striped: one, or with few nodes as many as there are."""
+    return local // min(num_nodes, local)
 
 
 def inside_nodes(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from meshes.platform import Platform
-from piperjax.planner.collectives import check_algorithm, link_rate
+from piperjax.planner.collectives import check_algorithm, leaders_of_a_pair, link_rate
 
 
 def simulate_all_to_all(
@@ -66,7 +66,12 @@ def simulate_all_to_all(
     spread = part * (num_nodes - 1)
     if algorithm == "halo3":
         gathered = _phase(platform, inside, part + far * (num_nodes - 1), begin)
-        arrived = _phase(platform, _leaders(num_nodes, local), far * local**2, gathered)
+        arrived = _phase(
+            platform,
+            _leaders(num_nodes, local),
+            far * local**2 / leaders_of_a_pair(num_nodes, local),
+            gathered,
+        )
     else:
         arrived = _phase(platform, _same_index(num_nodes, local), far * local, begin)
         if near_beside:
@@ -83,7 +88,8 @@ def num_messages(num_nodes: int, devices_per_node: int, algorithm: str) -> int:
         return devices * (devices - 1)
     inside = devices * (devices_per_node - 1)
     far = devices * (num_nodes - 1)
-    return 2 * inside + (far if algorithm == "halo2" else far // devices_per_node)
+    striped = far // devices_per_node * leaders_of_a_pair(num_nodes, devices_per_node)
+    return 2 * inside + (far if algorithm == "halo2" else striped)
 
 
 # --- who sends to whom: [devices, messages of each], in the order in which they are posted; -1 for none -----------
@@ -102,10 +108,15 @@ def _same_index(num_nodes: int, local: int) -> np.ndarray:
 
 
 def _leaders(num_nodes: int, local: int) -> np.ndarray:
-    """The nodes to which a device is leader: local index r of node n leads to every m with (n + m) mod local = r."""
-    node = np.repeat(np.arange(num_nodes), num_nodes - 1)
-    other = (node + np.tile(np.arange(1, num_nodes), num_nodes)) % num_nodes
-    index = (node + other) % local
+    """The nodes to which a device is leader.
+
+    Local index r of node n leads to every m with (n + m) mod local = r. With fewer nodes than devices in a node several
+    share a pair, those with (n + m) mod num_nodes = r mod num_nodes.
+    """
+    shares = leaders_of_a_pair(num_nodes, local)
+    node, step, share = (axis.ravel() for axis in np.indices((num_nodes, num_nodes - 1, shares)))
+    other = (node + step + 1) % num_nodes
+    index = (node + other) % min(num_nodes, local) + min(num_nodes, local) * share
     leader = node * local + index
     order = np.argsort(leader, kind="stable")
     counts = np.bincount(leader, minlength=num_nodes * local)
