@@ -151,34 +151,25 @@ class Overlap:
 
 Cell = Exchange | NodeExchange | Layer | Overlap
 
-_DROPLESS = (
-    Variant("flat"),
-    Variant("halo2"),
-    Variant("halo3"),
-    Variant("halo2_dedup"),
-    Variant("halo2_dedup", chunks=2),
-)
+_FLAT, _HALO2, _ONCE = Variant("flat"), Variant("halo2"), Variant("halo2_dedup")
+_DROPPING = Variant("flat", 1.5)
 # Rows of 4 KiB are those of 2,048 elements in bfloat16, as models with 64 experts and 6 of them for a token have.
 SWEEP: tuple[Cell, ...] = (
     NodeExchange(pair_bytes=131_072),
-    Exchange(pair_bytes=256, rounds=4, repeats=9),
-    Exchange(pair_bytes=1024, rounds=4, repeats=9),
-    Exchange(pair_bytes=4096, rounds=2, repeats=9),
-    Exchange(pair_bytes=16_384),
+    Exchange(pair_bytes=256, repeats=21),
+    Exchange(pair_bytes=1024, repeats=21),
+    Exchange(pair_bytes=4096, repeats=11),
+    Exchange(pair_bytes=16_384, repeats=7),
     Exchange(pair_bytes=65_536, repeats=3),
     Layer(
         num_experts=64,
         experts_per_token=6,
-        tokens=16,
+        tokens=8,
         d_model=1024,
-        ways=(*_DROPLESS, Variant("flat", 1.5)),
+        ways=(_FLAT, _HALO2, Variant("halo3"), _ONCE, Variant("halo2_dedup", chunks=2), _DROPPING),
     ),
     Layer(
-        num_experts=256,
-        experts_per_token=8,
-        tokens=8,
-        d_model=512,
-        ways=(*_DROPLESS, Variant("flat", 1.5)),
+        num_experts=256, experts_per_token=8, tokens=8, d_model=512, ways=(_FLAT, _HALO2, _ONCE, _DROPPING)
     ),
 )
 _OVERLAPPED = dict(num_experts=8, experts_per_token=2, tokens=1024, d_model=1024, d_ff=512)
