@@ -31,6 +31,14 @@ class Dispatcher:
                 "use halo2 or halo3 to de-duplicate"
             )
 
+    @property
+    def waits_for_all(self) -> bool:
+        """Whether its exchanges wait for every device of the mesh, as permutes do, and not for partners only.
+
+        Pipe ranks run their layers at different times, so then there can be no more than one.
+        """
+        return self.algorithm == "halo3"
+
 
 DISPATCHERS = {
     dispatcher.name: dispatcher
