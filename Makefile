@@ -9,7 +9,8 @@ NONE := PiperJAX needs Python 3.11 or newer, and none was found ($(CANDIDATES));
 
 INSTALL = @$(if $(FOUND),"$(FOUND)" launch/install.py,echo "$(NONE)" >&2; exit 2;)
 RUN = .venv/bin/python
-# Processes that share the tests; 0 runs them in one, which reads better in a debugger.
+# Processes that share the tests; 0 runs them in one, which reads better in a debugger. Each begins with a half of its
+# own and takes from the other when done, so that tests of one file mostly share what they compiled.
 WORKERS ?= 2
 
 .PHONY: help install train test test-all lint format clean
@@ -33,11 +34,11 @@ install:
 
 test:
 	$(INSTALL) dev $(EXTRA)
-	@$(RUN) -m pytest -q -m "not slow" -n $(WORKERS) $(ARGS)
+	@$(RUN) -m pytest -q -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-all:
 	$(INSTALL) dev $(EXTRA)
-	@$(RUN) -m pytest -q -n $(WORKERS) $(ARGS)
+	@$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint:
 	$(INSTALL) dev $(EXTRA)

@@ -9,6 +9,8 @@ _FLAGS = {
     # A collective that not every device reaches ends the process; late enough for a machine that is shared and busy.
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": 30,
     "xla_cpu_collective_call_terminate_timeout_seconds": 180,
+    # Machine code that is not optimised is half the time of compiling; what XLA makes of the program is the same.
+    "xla_backend_optimization_level": 0,
 }
 
 # JAX reads these when it is imported, which the first test module does. What the user has set stays.

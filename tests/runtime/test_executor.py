@@ -1,6 +1,6 @@
 """The executor equals one device: loss and every gradient, for every schedule, mesh and memory mode.
 
-Truth is `models.transformer.reference_loss` under plain `jax.grad`: no pipeline, no dispatch, no sorting.
+Truth is `models.transformer.reference_step` under plain `jax.grad`: no pipeline, no dispatch, no sorting.
 Slot buffers start as NaN, so anything read before it was written would show.
 """
 
@@ -107,8 +107,12 @@ def reference(config, M, dtype="float32"):
     """(cross entropy, aux loss, load, gradients) of one device."""
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), initial_params(config, 0))
     bias, batch = router_bias_for(config), batch_for(config.vocab_size, M)
-    step = transformer.reference_step(config, params, bias, batch)
-    grads = jax.grad(lambda p: transformer.reference_loss(config, p, bias, batch))(params)
+
+    def loss(params):
+        step = transformer.reference_step(config, params, bias, batch)
+        return step.loss, step
+
+    grads, step = jax.grad(loss, has_aux=True)(params)  # one compilation for both
     return float(step.cross_entropy), float(step.aux_loss), np.asarray(step.load), jax.device_get(grads)
 
 
