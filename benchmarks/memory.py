@@ -86,8 +86,11 @@ def scaled(
         ffn = one.ffn
         if isinstance(ffn, DenseFFN):
             return LayerConfig(attention=attention, ffn=dataclasses.replace(ffn, d_ff=width(ffn.d_ff)))
+        # So few experts are not enough for groups.
+        router = dataclasses.replace(ffn.router, num_groups=1, groups_per_token=1)
         ffn = dataclasses.replace(
             ffn,
+            router=router,
             num_experts=num_experts,
             experts_per_token=min(ffn.experts_per_token, num_experts // 2),
             d_ff=width(ffn.d_ff),

@@ -101,8 +101,11 @@ def test_an_interrupt_removes_everything(stop, tmp_path):
     machine, before = Machine(), signal.getsignal(signal.SIGTERM)
     expected = KeyboardInterrupt if stop is signal.SIGINT else SystemExit
     network = ShapedNetwork(num_nodes=2, bytes_per_second=1e7, owner=7)
+    # Where a shell started the tests in the background, SIGINT is ignored.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(expected), up(network, run=machine, hosts=tmp_path):
         os.kill(os.getpid(), stop)
+    signal.signal(signal.SIGINT, inherited)
     assert machine.clean and signal.getsignal(signal.SIGTERM) is before
 
 
