@@ -46,7 +46,13 @@ def check(algorithm, factors, shape=(3, 5)):
     np.testing.assert_array_equal(dx, rows)
 
 
-@pytest.mark.parametrize("factors", FACTORS, ids=str)
+@pytest.mark.parametrize(
+    "factors",
+    [
+        pytest.param(factors, marks=[] if number < 3 else [pytest.mark.slow], id=str(factors))
+        for number, factors in enumerate(FACTORS)
+    ],
+)
 @pytest.mark.parametrize("algorithm", ALL_TO_ALLS)
 def test_blocks_are_transposed_and_gradients_go_back(algorithm, factors):
     check(algorithm, factors)

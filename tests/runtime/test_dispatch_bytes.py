@@ -90,7 +90,7 @@ def test_bytes_between_nodes_are_the_closed_form(dispatch, capacity_factor):
     assert off_node_bytes(text) == pytest.approx(2 * cost.bytes_by_level["fabric"], rel=0.01)
 
 
-@pytest.mark.parametrize("capacity_factor", [0.0, 0.75])
+@pytest.mark.parametrize("capacity_factor", [pytest.param(0.0, marks=pytest.mark.slow), 0.75])
 def test_rows_that_cross_once_need_no_scatter_and_no_empty_message(capacity_factor):
     _, text = compiled_text("halo2_dedup", capacity_factor, k=3, gradient=True)
     assert not re.search(r"\bscatter\(", text)
@@ -98,6 +98,7 @@ def test_rows_that_cross_once_need_no_scatter_and_no_empty_message(capacity_fact
     assert "reduce-scatter" not in text
 
 
+@pytest.mark.slow
 def test_each_node_is_sent_a_token_once_whatever_the_number_of_experts():
     sizes = [off_node_bytes(compiled_text("halo2_dedup", 0.0, k=k, gradient=False)[1]) for k in (1, 4)]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.01)

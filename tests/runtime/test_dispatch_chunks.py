@@ -14,8 +14,16 @@ from piperjax.runtime.varying import vary
 CASE = Case(P=8, E=16, k=3, factors=(1, 2, 4))
 
 
-@pytest.mark.parametrize("chunks", [2, 4])
-@pytest.mark.parametrize("dispatch", ["halo2", "halo2_dedup"])
+@pytest.mark.parametrize(
+    ("dispatch", "chunks"),
+    [
+        ("halo2", 4),
+        ("halo2_dedup", 2),
+        pytest.param("flat", 2, marks=pytest.mark.slow),
+        pytest.param("halo3", 3, marks=pytest.mark.slow),
+        pytest.param("halo2_dedup", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_chunks_equal_the_dense_sum(dispatch, chunks):
     run = CASE.compiled(make_experts(dispatch, EXPERT, 0.0, chunks=chunks), masked_multiply)
     check(CASE, run, np.random.default_rng(0), routings=("zipf", "all to one expert", "one node only"))

@@ -58,7 +58,15 @@ def simulate_drops(case, ids, *, capacity_factor):
     return kept
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.factors}-E{case.E}-k{case.k}")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case, marks=[] if number < 3 else [pytest.mark.slow], id=f"{case.factors}-E{case.E}-k{case.k}"
+        )
+        for number, case in enumerate(CASES)
+    ],
+)
 def test_equals_the_dense_sum(case):
     check(
         case,
@@ -92,7 +100,9 @@ def test_equals_flat_bit_for_bit_where_nothing_is_added_up():
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize(("capacity_factor", "chunks"), [(0.0, 1), (0.75, 1), (0.75, 2)])
+@pytest.mark.parametrize(
+    ("capacity_factor", "chunks"), [pytest.param(0.0, 1, marks=pytest.mark.slow), (0.75, 2)]
+)
 def test_dead_rows_full_of_nan_change_nothing(monkeypatch, capacity_factor, chunks):
     case = Case(P=8, E=16, k=3, factors=(1, 4, 2))
     experts = make_experts("halo2_dedup", EXPERT, capacity_factor, chunks=chunks)

@@ -272,7 +272,7 @@ DISPATCHED = [
 @pytest.mark.parametrize(
     ("schedule", "mode", "dispatch", "chunks"),
     [
-        pytest.param(*cell, marks=[pytest.mark.slow] if number >= 3 else [])
+        pytest.param(*cell, marks=[pytest.mark.slow] if number >= 2 else [])
         for number, cell in enumerate(DISPATCHED)
     ],
 )
