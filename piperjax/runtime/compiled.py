@@ -1,5 +1,6 @@
 """This file is what the compiler says about a step: memory per device, FLOP, and bytes sent along each mesh axis."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def work_of(compiled: jax.stages.Compiled, executor: Executor) -> CompiledWork:
     module = hlo.parse(compiled.as_text())
     sizes = dict(executor.mesh.shape)
     flop, sent = 0.0, defaultdict(float)
-    for visit in module.visits(_weights(executor), unknown_turns=_blocks_per_group(executor)):
+    for visit in module.visits(_weights(executor), unknown_turns=_unknown_turns(executor)):
         flop += module.product_flop(visit)
         operation = visit.instruction.operation.removesuffix("-start")
         if operation in hlo.COLLECTIVES:
@@ -97,34 +98,57 @@ def _blocks_per_group(executor: Executor) -> float:
     return live / groups / block_rows(rows, groups)
 
 
-def _weights(executor: Executor) -> hlo.Weigh:
-    """How often the branches of a step are taken, as its schedule and its layers say."""
+def _unknown_turns(executor: Executor) -> hlo.Turns:
+    """Turns of loops over layers, on average over ranks and chunks, and of loops over blocks of rows."""
+    blocks, layout, count = _blocks_per_group(executor), executor.layout, executor.layout.runs.count
     columns = executor.lowered.rank_columns
-    forward, backward = (np.asarray(column) == 1 for column in (columns.forward_on, columns.backward_on))
-    both = float((forward & backward).mean())
-    fractions = {"forward": float(forward.mean()), "backward": float(backward.mean())}
+    ticks, ranks = np.nonzero(_is_on(columns.forward_on) & _is_on(columns.backward_on))
+
+    def turns(scope: str) -> float:
+        found = re.search(r"/(layers|pairs|single)_(\w+)/while$", scope)
+        if found is None:
+            return blocks
+        of_kind = count[..., layout.kinds.index(found[2])]
+        if found[1] == "layers" or not ticks.size:
+            return float(of_kind.mean())
+        ahead = of_kind[ranks, np.asarray(columns.forward_chunk)[ticks, ranks]]
+        back = of_kind[ranks, np.asarray(columns.backward_chunk)[ticks, ranks], ::-1]
+        pairs = float(np.minimum(ahead, back).mean())
+        # What the longer of both has more: of forwards and of backwards alike.
+        return pairs if found[1] == "pairs" else float((ahead + back).mean()) / 2 - pairs
+
+    return turns
+
+
+def _is_on(column) -> np.ndarray:
+    return np.asarray(column) == 1
+
+
+def _weights(executor: Executor) -> hlo.Weigh:
+    """How often the branches of a step are taken, as its schedule says."""
+    columns = executor.lowered.rank_columns
+    forward, backward = _is_on(columns.forward_on), _is_on(columns.backward_on)
+    overlaps = executor.plan.overlap and executor.lowered.head_comes_first
+    both = float((forward & backward).mean()) if overlaps else 0.0
+    fractions = {"forward": float(forward.mean()) - both, "backward": float(backward.mean()) - both}
     weight_gradient = (
-        float((np.asarray(columns.weight_gradient_on) == 1).mean()) if columns.weight_gradient_on.size else 0
+        float(_is_on(columns.weight_gradient_on).mean()) if columns.weight_gradient_on.size else 0
     )
     ticks, pipe = executor.lowered.num_ticks, executor.plan.pipe
     owners = 1 if executor.plan.vocabulary == "split" else pipe
     vocabulary = executor.plan.num_microbatches / ticks / owners
-    layout = executor.layout
-    kinds = [float((layout.kind == number).mean()) for number in range(len(layout.kinds) + 1)]
 
     def weigh(conditional: hlo.Conditional):
-        scopes = conditional.branches
         if conditional.depth != 1:
-            return kinds[: len(scopes)] if len(scopes) <= len(kinds) else hlo.evenly(conditional)
-        if len(scopes) == 4:
-            only_forward, only_backward = fractions["forward"] - both, fractions["backward"] - both
-            return [1 - only_forward - only_backward - both, only_forward, only_backward, both]
-        on = vocabulary
-        if "/weight_gradient/" in scopes[1]:
+            return hlo.evenly(conditional)
+        scope, on = conditional.branches[1], vocabulary
+        if both and "/forward/" in scope and "/backward/" in scope:
+            on = both
+        elif "/weight_gradient/" in scope:
             on = weight_gradient
-        elif "/backward/" in scopes[1]:
+        elif "/backward/" in scope:
             on = fractions["backward"]
-        elif "/forward/" in scopes[1]:
+        elif "/forward/" in scope:
             on = fractions["forward"]
         return [1 - on, on]
 

@@ -179,7 +179,8 @@ class Executor:
 
     def _run(self, lowered: LoweredSchedule, params, router_bias, batch, *, grad_specs):
         param_specs = jax.tree.map(lambda leaf: leaf.spec, self.leaf_shardings)
-        table = LayerTable(self.layout.kind, self.layout.index, self.layout.moe_index)
+        runs = self.layout.runs
+        table = LayerTable(self.layout.index, self.layout.moe_index, runs.first, runs.count)
         columns = (lowered.rank_columns.__dict__, lowered.tick_columns.__dict__)
 
         step = Step(

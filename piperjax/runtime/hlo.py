@@ -68,6 +68,8 @@ class Conditional(NamedTuple):
 
 
 Weigh = Callable[[Conditional], Sequence[float]]
+# Turns of a loop whose number the program does not know, from its scope.
+Turns = Callable[[str], float]
 
 
 def evenly(conditional: Conditional) -> Sequence[float]:
@@ -104,21 +106,24 @@ class Module:
             self._scopes[computation] = " ".join(dict.fromkeys([*own, *below]))
         return self._scopes[computation]
 
-    def visits(self, weigh: Weigh = evenly, *, unknown_turns: float = 1.0) -> Iterator[Visit]:
+    def visits(self, weigh: Weigh = evenly, *, unknown_turns: Turns = lambda _: 1.0) -> Iterator[Visit]:
         """Every instruction of the program with how often it runs.
 
         Args:
           weigh: how often each branch of a conditional is taken, as fractions.
-          unknown_turns: turns of loops whose number depends on data.
+          unknown_turns: turns of loops whose number depends on data, by their scope (`op_name`).
         """
         yield from self._visits(self.entry, 1.0, 0, weigh, unknown_turns)
 
-    def _visits(self, name: str, times: float, depth: int, weigh: Weigh, unknown_turns: float):
+    def _visits(self, name: str, times: float, depth: int, weigh: Weigh, unknown_turns: Turns):
         for one in self.computations[name]:
             yield Visit(one, name, times)
             if one.operation == "while":
                 turns = _turns(one)
-                inner = times * (unknown_turns if turns is None else turns)
+                if turns is None:
+                    scope = _op_name(one)
+                    turns = unknown_turns(scope[1] if scope else "")
+                inner = times * turns
                 yield from self._visits(one.called("body")[0], inner, depth + 1, weigh, unknown_turns)
             elif one.operation == "conditional":
                 branches = one.called("branch_computations") or [
@@ -164,7 +169,7 @@ def sent_bytes(one: Instruction, group_size: int) -> float:
     buffer; an all-reduce twice that.
     """
     operation = one.operation.removesuffix("-start")
-    num_bytes = _bytes(one.shape)
+    num_bytes = shape_bytes(one.shape)
     if one.operation.endswith("-start"):
         num_bytes /= 2 if operation in ("all-reduce", "all-to-all") else 1
     others = (group_size - 1) / max(group_size, 1)
@@ -227,7 +232,7 @@ def _dimensions(shape: str) -> tuple[int, ...]:
     return _numbers(found[2]) if found[2] else ()
 
 
-def _bytes(shape: str) -> float:
+def shape_bytes(shape: str) -> float:
     """Bytes of an array or of all arrays of a tuple."""
     return float(
         sum(

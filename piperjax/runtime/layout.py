@@ -7,6 +7,7 @@ vocabulary across the pipe ranks, `V` padded to a multiple of `pipe`.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from meshes.axes import BATCH, DATA, EXPERT, PIPE
 from models.config import ModelConfig
+from piperjax.runtime.runs import Runs, runs_of
 from piperjax.schedules.schedule import Schedule
 
 NO_LAYER = -1
@@ -32,6 +34,7 @@ class LayerLayout:
       index: position of that layer among the layers of its kind on the same chunk.
       moe_index: position of that layer among all MoE layers of the model, 0 for dense layers.
       layer: logical layer number, `NO_LAYER` where there is none.
+      moe_kinds: kinds with experts.
     """
 
     kinds: tuple[str, ...]
@@ -40,23 +43,25 @@ class LayerLayout:
     index: np.ndarray
     moe_index: np.ndarray
     layer: np.ndarray
+    moe_kinds: frozenset[str]
 
     @property
     def positions(self) -> int:
         """Most layers that any stage holds."""
         return self.kind.shape[2]
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether every position of every rank holds a layer of one and the same kind."""
-        return len(self.kinds) == 1 and bool((self.kind == 0).all())
+    @cached_property
+    def runs(self) -> Runs:
+        """The layers of every chunk as runs of one kind."""
+        return runs_of(self.kind, len(self.kinds))
 
     @property
-    def agreed_kinds(self) -> tuple[int | None, ...]:
-        """For each position the kind of layer that all chunks of all ranks hold there; None if they differ."""
-        firsts = self.kind[0, 0]
-        agreed = (self.kind == firsts).all(axis=(0, 1)) & (firsts < len(self.kinds))
-        return tuple(int(kind) if agree else None for kind, agree in zip(firsts, agreed, strict=True))
+    def busiest_kind(self) -> int:
+        """Index of the kind of layer of which there are most; MoE layers come before others."""
+        counts = np.bincount(self.kind[self.kind < len(self.kinds)], minlength=len(self.kinds))
+        return max(
+            range(len(self.kinds)), key=lambda kind: (self.kinds[kind] in self.moe_kinds, counts[kind])
+        )
 
 
 def layer_layout(config: ModelConfig, schedule: Schedule, layers_per_stage: tuple[int, ...]) -> LayerLayout:
@@ -95,7 +100,13 @@ def layer_layout(config: ModelConfig, schedule: Schedule, layers_per_stage: tupl
             ids[rank, chunk, at] = number
         layer_ids[name] = ids
     return LayerLayout(
-        kinds=kinds, layer_ids=layer_ids, kind=kind, index=index, moe_index=moe_index, layer=layer
+        kinds=kinds,
+        layer_ids=layer_ids,
+        kind=kind,
+        index=index,
+        moe_index=moe_index,
+        layer=layer,
+        moe_kinds=frozenset(config.kind_of_layer[number] for number in config.moe_layers),
     )
 
 

@@ -23,8 +23,15 @@ def write(buffer: jax.Array, value: jax.Array, *index: jax.Array) -> jax.Array:
 
 
 def add(buffer: jax.Array, value: jax.Array, *index: jax.Array) -> jax.Array:
-    """Returns `buffer` with `value` added at `index`, in the dtype of `buffer`."""
-    return write(buffer, read(buffer, *index) + value.astype(buffer.dtype), *index)
+    """Returns `buffer` with `value` added at `index`, in the dtype of `buffer`.
+
+    The sum has the leading dimensions of the buffer: where there is one place only, XLA drops both slices, and a sum
+    behind a change of shape would not be made in place.
+    """
+    start, shape = _start(buffer, index), (*(1,) * len(index), *value.shape)
+    total = lax.dynamic_slice(buffer, start, shape, allow_negative_indices=False)
+    total = total + lax.reshape(value, shape).astype(buffer.dtype)
+    return lax.dynamic_update_slice(buffer, total, start, allow_negative_indices=False)
 
 
 def _start(buffer: jax.Array, index: tuple) -> tuple:

@@ -1,30 +1,32 @@
-"""The layers of one stage, forward and backward, as scans over layer positions.
+"""The layers of one stage, forward and backward, as loops over layer positions.
 
-Weights are sliced one layer at a time inside the scan, `leaf[chunk, index]`, and gradients are added in
+Weights are sliced one layer at a time inside the loop, `leaf[chunk, index]`, and gradients are added in
 place at the same index: a slice of a whole chunk would be copied at every tick. Backward is driven by hand,
-one layer at a time, so that nothing differentiates through a loop and working memory is one layer's.
+one layer at a time, so that nothing differentiates through a loop and working memory is one layer's. Layers are
+walked in runs of one kind (`runs.py`), without a conditional: what a branch leaves as it is would be copied.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from piperjax.runtime import slots
 from piperjax.runtime.layout import LayerLayout
 from piperjax.runtime.passes import LayerPasses, Surroundings
+from piperjax.runtime.runs import Walk
 from piperjax.runtime.varying import vary
 
 # For each layer kind, one buffer [slot, L_kind, ...] per array.
 Buffers = dict[str, list[jax.Array]]
 SurroundingsOf = Callable[[jax.Array], Surroundings]
-# Every run of positions is compiled once more.
-MOST_RUNS = 4
+# One layer: (kind, position, carry) -> carry.
+LayerBody = Callable[[str, jax.Array, Any], Any]
 
 
 class Totals(NamedTuple):
@@ -42,11 +44,17 @@ class Totals(NamedTuple):
 
 
 class LayerTable(NamedTuple):
-    """Per device: `[chunk, position]` int32 columns of a `LayerLayout`, this pipe rank's row."""
+    """Per device: int32 columns of a `LayerLayout` and its `Runs`, this pipe rank's row.
 
-    kind: jax.Array
+    Attributes:
+      index, moe_index: `[chunk, position]`.
+      first, count: `[chunk, round, kind]`.
+    """
+
     index: jax.Array
     moe_index: jax.Array
+    first: jax.Array
+    count: jax.Array
 
 
 class Place(NamedTuple):
@@ -122,38 +130,26 @@ class Stage:
         return self._layers_forward(place, x, totals, stash)
 
     def _layers_forward(self, place: Place, x: jax.Array, totals: Totals | None, stash: Buffers | None):
-        return lax.scan(self._forward_body(place), (x, totals, stash), self._positions())[0]
+        return self._layers(place.chunk, partial(self._forward_layer, place), (x, totals, stash))
 
-    def _forward_body(self, place: Place, kind: int | None = None):
-        """One layer, of a known kind if given: ((x, totals, stash), position) -> ((y, totals, stash), None)."""
-
-        def branch(kind: str, position):
-            def run(operands):
-                x, totals, stash = operands
-                index, surroundings = self._at(place, position)
-                result, kept = self.passes[kind].forward(
-                    self._weights(kind, place.chunk, index), x, surroundings
-                )
-                if stash is not None:
-                    written = [
-                        slots.write(buffer, value, place.slot, index)
-                        for buffer, value in zip(stash[kind], kept, strict=True)
-                    ]
-                    stash = {**stash, kind: written}
-                if totals is not None:
-                    _, aux, load, dropped = vary(result)
-                    load = slots.add(totals.load, load, place.chunk, position)
-                    totals = Totals(totals.aux + aux, load, totals.dropped + dropped)
-                return vary(result.y), totals, stash
-
-            return run
-
-        def body(carry, position):
-            with jax.named_scope("forward"):
-                branches = [branch(kind, position) for kind in self.layout.kinds]
-                return self._switch(place.chunk, position, branches, carry, kind), None
-
-        return body
+    def _forward_layer(self, place: Place, kind: str, position: jax.Array, carry):
+        """One layer: (x, totals, stash) -> (y, totals, stash)."""
+        x, totals, stash = carry
+        with jax.named_scope("forward"):
+            index, surroundings = self._at(place, position)
+            weights = self._weights(kind, place.chunk, index)
+            result, kept = self.passes[kind].forward(weights, x, surroundings)
+            if stash is not None:
+                written = [
+                    slots.write(buffer, value, place.slot, index)
+                    for buffer, value in zip(stash[kind], kept, strict=True)
+                ]
+                stash = {**stash, kind: written}
+            if totals is not None:
+                _, aux, load, dropped = vary(result)
+                load = slots.add(totals.load, load, place.chunk, position)
+                totals = Totals(totals.aux + aux, load, totals.dropped + dropped)
+            return vary(result.y), totals, stash
 
     def backward(
         self,
@@ -178,51 +174,34 @@ class Stage:
         Returns:
           Gradient of the stage input [B, S, D], accumulators, taps.
         """
-        slot = place.slot
         if self.by_stage:
-            stash, slot, x = (
-                self.stash_of_one(),
-                jnp.zeros_like(place.slot),
-                slots.read(stash[""][0], place.slot),
-            )
-            stash = self._layers_forward(place._replace(slot=slot), x, None, stash)[2]
+            x = slots.read(stash[""][0], place.slot)
+            place = place._replace(slot=jnp.zeros_like(place.slot))
+            stash = self._layers_forward(place, x, None, self.stash_of_one())[2]
+        body = partial(self._backward_layer, place, scale, stash)
+        return self._layers(place.chunk, body, (gradient, grads, taps), backward=True)
 
-        body = self._backward_body(place, slot, scale, stash)
-        return lax.scan(body, (gradient, grads, taps), self._positions(), reverse=True)[0]
-
-    def _backward_body(
-        self, place: Place, slot: jax.Array, scale: jax.Array, stash: Buffers, kind: int | None = None
+    def _backward_layer(
+        self, place: Place, scale: jax.Array, stash: Buffers, kind: str, position: jax.Array, carry
     ):
-        """One layer, of a known kind if given: ((gradient, grads, taps), position) -> ((input gradient, ...), None)."""
-
-        def branch(kind: str, position):
-            passes = self.passes[kind]
-
-            def run(operands):
-                gradient, grads, taps = operands
-                index, surroundings = self._at(place, position)
-                kept = [slots.read(buffer, slot, index) for buffer in stash[kind]]
-                weights = self._weights(kind, place.chunk, index)
-                arguments = (weights, kept, surroundings, gradient, scale)
-                if taps is None:
-                    x_grad, weight_grads = passes.backward(*arguments)
-                else:
-                    x_grad, weight_grads, values = passes.input_gradient(*arguments)
-                    written = [
-                        slots.write(buffer, value, place.tap_slot, index)
-                        for buffer, value in zip(taps[kind], values, strict=True)
-                    ]
-                    taps = {**taps, kind: written}
-                return x_grad, self._added(grads, kind, weight_grads, place.chunk, index), taps
-
-            return run
-
-        def body(carry, position):
-            with jax.named_scope("backward"):
-                branches = [branch(kind, position) for kind in self.layout.kinds]
-                return self._switch(place.chunk, position, branches, carry, kind), None
-
-        return body
+        """One layer: (gradient, grads, taps) -> (input gradient, grads, taps)."""
+        gradient, grads, taps = carry
+        passes = self.passes[kind]
+        with jax.named_scope("backward"):
+            index, surroundings = self._at(place, position)
+            kept = [slots.read(buffer, place.slot, index) for buffer in stash[kind]]
+            weights = self._weights(kind, place.chunk, index)
+            arguments = (weights, kept, surroundings, gradient, scale)
+            if taps is None:
+                x_grad, weight_grads = passes.backward(*arguments)
+            else:
+                x_grad, weight_grads, values = passes.input_gradient(*arguments)
+                written = [
+                    slots.write(buffer, value, place.tap_slot, index)
+                    for buffer, value in zip(taps[kind], values, strict=True)
+                ]
+                taps = {**taps, kind: written}
+            return x_grad, self._added(grads, kind, weight_grads, place.chunk, index), taps
 
     def forward_and_backward(
         self,
@@ -240,54 +219,74 @@ class Stage:
         """Per device: `forward` of one microbatch and `backward` of another, layer by layer in one loop.
 
         Nothing in an iteration's forward depends on its backward, so a compiler that schedules for latency puts
-        the all-to-all of one under the products of the other (the idea of DualPipe, DeepSeek-V3, 3.2.1). Nothing is
-        hidden inside a conditional, so positions at which all ranks hold the same kind of layer are run without one.
+        the all-to-all of one under the products of the other (the idea of DualPipe, DeepSeek-V3, 3.2.1). Layers go
+        in pairs that are of the kind of which there are most; others, and what one of both has more, go alone.
 
         Returns:
           What `forward` returns but the stash, what `backward` returns, the stash.
         """
-        last = self.layout.positions - 1
+        # Read before the loop that writes: within it, the whole stash would be copied at every layer.
+        kept = {
+            kind: [slots.read(buffer, backward_place.slot)[None] for buffer in buffers]
+            for kind, buffers in stash.items()
+        }
+        alone = backward_place._replace(slot=jnp.zeros_like(backward_place.slot))
+        bodies = (
+            partial(self._forward_layer, forward_place),
+            partial(self._backward_layer, alone, scale, kept),
+        )
+        runs, main = self.layout.runs, self.layout.busiest_kind
+        earlier, later = range(main), range(main + 1, runs.num_kinds)
 
-        def body(kinds, carry, position):
-            (x, totals), backward_carry, stash = carry
-            ahead = self._backward_body(backward_place, backward_place.slot, scale, stash, kinds[1])
-            backward_carry, _ = ahead(backward_carry, last - position)
-            (x, totals, stash), _ = self._forward_body(forward_place, kinds[0])((x, totals, stash), position)
-            return ((x, totals), backward_carry, stash), None
+        def run(number, carries):
+            chunk, ahead, back = forward_place.chunk, *carries
+            for kind in earlier:
+                ahead = self._loop(kind, self._walk(chunk, number, kind), bodies[0], ahead)
+            chunk, other = backward_place.chunk, np.int32(runs.num_rounds - 1) - number
+            for kind in reversed(later):
+                back = self._loop(kind, self._walk(chunk, other, kind).reversed(), bodies[1], back)
+            walks = (
+                self._walk(forward_place.chunk, number, main),
+                self._walk(backward_place.chunk, other, main).reversed(),
+            )
+            ahead, back = self._pairs(main, walks, bodies, (ahead, back))
+            for kind in later:
+                ahead = self._loop(kind, self._walk(forward_place.chunk, number, kind), bodies[0], ahead)
+            for kind in reversed(earlier):
+                back = self._loop(kind, self._walk(chunk, other, kind).reversed(), bodies[1], back)
+            return ahead, back
 
-        carry = ((x, totals), (gradient, grads, taps), stash)
-        for kinds, positions in self._runs():
-            carry = lax.scan(partial(body, kinds), carry, positions)[0]
-        return carry
+        carries = (x, totals, stash), (gradient, grads, taps)
+        (x, totals, stash), backward_results = self._rounds(run, carries)
+        return (x, totals), backward_results, stash
 
-    def _runs(self) -> list[tuple[tuple[int | None, int | None], jax.Array]]:
-        """Positions in a row with the same kinds of layer there and as far from the end; None where ranks differ."""
-        agreed = self.layout.agreed_kinds
-        pairs = list(zip(agreed, reversed(agreed), strict=True))
-        if len(list(groupby(pairs))) > MOST_RUNS:
-            pairs = [(None, None)] * len(pairs)
-        runs = groupby(range(len(pairs)), key=pairs.__getitem__)
-        return [(kinds, jnp.array(list(positions), jnp.int32)) for kinds, positions in runs]
+    def _pairs(self, kind: int, walks: tuple[Walk, Walk], bodies: tuple[LayerBody, LayerBody], carries):
+        """Runs two walks over layers of a kind in one loop as far as both go, then what remains of each alone."""
+        name, pairs = self.layout.kinds[kind], walks[0].pairs(walks[1])
+
+        def both(turn, carries):
+            # Backward first, as a tick's exchange waits for neither.
+            back = bodies[1](name, walks[1].position(turn), carries[1])
+            return bodies[0](name, walks[0].position(turn), carries[0]), back
+
+        carries = _repeated(f"pairs_{name}", pairs, both, carries)
+        return tuple(
+            self._loop(kind, walk.after(pairs), body, carry, scope="single")
+            for walk, body, carry in zip(walks, bodies, carries, strict=True)
+        )
 
     def weight_gradient(self, place: Place, *, grads: dict, taps: Buffers) -> dict:
         """Per device: adds the weight gradients that `backward` left; returns the accumulators."""
 
-        def branch(kind: str, position):
-            def run(grads):
+        def body(kind: str, position: jax.Array, grads: dict) -> dict:
+            with jax.named_scope("weight_gradient"):
                 index, surroundings = self._at(place, position)
                 values = [slots.read(buffer, place.tap_slot, index) for buffer in taps[kind]]
                 weights = self._weights(kind, place.chunk, index)
                 weight_grads = self.passes[kind].weight_gradient(weights, values, surroundings)
                 return self._added(grads, kind, weight_grads, place.chunk, index)
 
-            return run
-
-        def body(grads, position):
-            with jax.named_scope("weight_gradient"):
-                branches = [branch(kind, position) for kind in self.layout.kinds]
-                return self._switch(place.chunk, position, branches, grads), None
-
-        return lax.scan(body, grads, self._positions())[0]
+        return self._layers(place.chunk, body, grads)
 
     def stash_of_one(self) -> Buffers:
         """Buffers for what the layers of one stage keep of one microbatch."""
@@ -301,19 +300,41 @@ class Stage:
         ]
         return {**grads, kind: jax.tree.unflatten(structure, added)}
 
-    def _positions(self) -> jax.Array:
-        # Not varying: a predicate read at a position must vary over pipe only, as the layer table does.
-        return jnp.arange(self.layout.positions, dtype=jnp.int32)
+    def _layers(self, chunk: jax.Array, body: LayerBody, carry, *, backward: bool = False):
+        """Runs a body for every layer of a chunk, in order or backward."""
+        kinds = range(self.layout.runs.num_kinds)
 
-    def _switch(
-        self, chunk: jax.Array, position: jax.Array, branches: list, operands, kind: int | None = None
-    ):
-        """Runs the branch of the layer at a position, of a known kind if given; where there is none, operands stay."""
-        if self.layout.is_uniform or kind is not None:
-            return branches[kind or 0](operands)
-        has_gaps = bool((self.layout.kind == len(self.layout.kinds)).any())
-        kind = slots.read(self.table.kind, chunk, position)
-        return lax.switch(kind, branches + ([lambda operands: operands] if has_gaps else []), operands)
+        def run(number, carry):
+            if backward:
+                number = np.int32(self.layout.runs.num_rounds - 1) - number
+            for kind in reversed(kinds) if backward else kinds:
+                walk = self._walk(chunk, number, kind)
+                carry = self._loop(kind, walk.reversed() if backward else walk, body, carry)
+            return carry
+
+        return self._rounds(run, carry)
+
+    def _rounds(self, run: Callable[[jax.Array | np.int32, Any], Any], carry):
+        rounds = self.layout.runs.num_rounds
+        return run(np.int32(0), carry) if rounds == 1 else _repeated("rounds", np.int32(rounds), run, carry)
+
+    def _walk(self, chunk: jax.Array, number: jax.Array | np.int32, kind: int) -> Walk:
+        """Positions of the layers of a kind in a round; numbers that all ranks share are known."""
+        runs, at = self.layout.runs, (chunk, jnp.asarray(number), np.int32(kind))
+        first, count = runs.fixed_first(kind), runs.fixed_count(kind)
+        return Walk(
+            slots.read(self.table.first, *at) if first is None else first,
+            slots.read(self.table.count, *at) if count is None else count,
+        )
+
+    def _loop(self, kind: int, walk: Walk, body: LayerBody, carry, *, scope: str = "layers"):
+        name = self.layout.kinds[kind]
+        return _repeated(
+            f"{scope}_{name}",
+            walk.count,
+            lambda turn, carry: body(name, walk.position(turn), carry),
+            carry,
+        )
 
     def _at(self, place: Place, position: jax.Array) -> tuple[jax.Array, Surroundings]:
         """Index of a layer among those of its kind on its chunk, and its surroundings."""
@@ -322,3 +343,14 @@ class Stage:
 
     def _weights(self, kind: str, chunk: jax.Array, index: jax.Array) -> dict:
         return jax.tree.map(lambda leaf: slots.read(leaf, chunk, index), self.params[kind])
+
+
+def _repeated(scope: str, turns: jax.Array | np.int32, body: Callable[[jax.Array, Any], Any], carry):
+    """Carry after `turns` turns of a loop.
+
+    The counter does not vary, and `turns` over pipe at most, so collectives over data and expert inside always meet.
+    """
+    if isinstance(turns, np.integer) and turns == 0:
+        return carry
+    with jax.named_scope(scope):
+        return lax.fori_loop(np.int32(0), turns, body, carry)

@@ -285,13 +285,18 @@ class _Scan:
             grads = {**carry.grads, "layers": layers}
             return carry._replace(y=y, totals=totals, g=g, grads=grads, taps=taps, stash=stash)
 
-        branches = [
-            _unchanged,
-            partial(self._forward, rank, forward_place, embedded),
-            partial(self._backward, rank, backward_place),
-            both,
-        ]
-        return lax.switch(rank["forward_on"] + 2 * rank["backward_on"], branches, carry)
+        # One after the other, though only one is taken: XLA copies everything that passes a choice among four.
+        forward = partial(self._forward, rank, forward_place, embedded)
+        backward = partial(self._backward, rank, backward_place)
+        columns = self.lowered.rank_columns
+        for runs, ends, run in ((1, 1, both), (1, 0, forward), (0, 1, backward)):
+            possible = (columns.forward_on == runs) & (columns.backward_on == ends)
+            if possible.all():
+                return run(carry)
+            if possible.any():
+                on = (rank["forward_on"] == runs) & (rank["backward_on"] == ends)
+                carry = lax.cond(on, run, _unchanged, carry)
+        return carry
 
     def _forward_input(self, carry: _Carry, rank: dict, embedded: jax.Array) -> jax.Array:
         if not self.lowered.num_input_slots:
@@ -413,15 +418,11 @@ class _Scan:
         Called outside the branches of a tick: read inside, every operation that needs a row would slice the whole
         batch anew, element by element, and attention's mask alone would take as long as its products on a CPU.
         """
-        positions, segment_ids = (
-            slots.read(self.batch[name], microbatch) for name in ("positions", "segment_ids")
-        )
+        rows = [slots.read(self.batch[name], microbatch) for name in ("positions", "segment_ids")]
 
         def surroundings(moe_index):
             bias = self.router_bias
-            return Surroundings(
-                positions, segment_ids, slots.read(bias, moe_index) if self.config.moe_layers else bias
-            )
+            return Surroundings(*rows, slots.read(bias, moe_index) if self.config.moe_layers else bias)
 
         return surroundings
 

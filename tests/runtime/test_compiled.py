@@ -6,7 +6,8 @@ from collections import Counter
 import jax
 import pytest
 
-from benchmarks.cases import abstract_batch, compiled_step, make_executor, moe_model, router_bias
+from benchmarks.cases import abstract_batch, compiled_step, dense_model, make_executor, moe_model, router_bias
+from benchmarks.overhead import large_copies
 from piperjax.runtime.lint import collectives
 from piperjax.training.config import OptimizerConfig
 from piperjax.training.optimizer import apply, init_moments
@@ -23,6 +24,40 @@ def test_memory_does_not_follow_microbatches_under_one_f_one_b():
     # GPipe keeps one input per layer and one gradient for every microbatch: the measurement can tell.
     slot = 64 * 64 * 4
     assert temp_bytes("gpipe", 16) - temp_bytes("gpipe", 8) == pytest.approx(8 * 2 * slot, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("make_model", "options"),
+    [
+        (moe_model, dict(layers_per_stage=(6, 3))),
+        (dense_model, dict(layers_per_stage=(6, 3), overlap=True)),
+        (dense_model, dict(layers_per_stage=(6, 6), overlap=True)),
+        (dense_model, dict(layers_per_stage=(6, 3), schedule="zb_h1")),
+        (dense_model, dict(layers_per_stage=(1, 1), schedule="zb_h1")),
+        (dense_model, dict(layers_per_stage=(1, 1))),
+    ],
+    ids=[
+        "uneven",
+        "uneven-overlap",
+        "overlap",
+        "uneven-weight-gradient",
+        "one-layer-weight-gradient",
+        "one-layer",
+    ],
+)
+def test_the_gradients_of_all_layers_are_there_once(make_model, options):
+    stages = options["layers_per_stage"]
+    config = make_model(num_layers=sum(stages), d_model=128, d_ff=256)
+    executor = make_executor(config, pipe=2, num_microbatches=4, seq_len=16, **options)
+    compiled = compiled_step(executor)
+    layers = jax.tree.leaves(executor.abstract_params["layers"])
+    accumulators = sum(leaf.size * leaf.dtype.itemsize for leaf in layers) // 2
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in layers) // 2
+    # Beside them a layer works: its weights, their gradients, and the sum of these with what was there.
+    working = 3.5 * accumulators / max(stages)
+    assert large_copies(compiled.as_text(), largest) == []
+    if max(stages) > 1:
+        assert compiled.memory_analysis().temp_size_in_bytes < accumulators + working
 
 
 def without_embedding_gradient(hlo):

@@ -86,3 +86,19 @@ def test_a_compiled_loop_counts_every_turn():
     compiled = jax.jit(lambda x: lax.scan(turn, x, length=7)[0]).lower(jnp.ones((8, 16))).compile()
     module = hlo.parse(compiled.as_text())
     assert sum(map(module.product_flop, module.visits())) == 7 * 2 * 8 * 16 * 16
+
+
+def test_a_loop_of_unknown_turns_counts_as_often_as_its_scope_says():
+    def run(x, turns):
+        with jax.named_scope("layers_moe"):
+            return lax.fori_loop(0, turns, lambda _, x: x @ jnp.ones((16, 16)), x)
+
+    compiled = jax.jit(run).lower(jnp.ones((8, 16)), jax.ShapeDtypeStruct((), "int32")).compile()
+    module = hlo.parse(compiled.as_text())
+
+    def turns(scope):
+        assert scope.endswith("/layers_moe/while")
+        return 2.5
+
+    visits = module.visits(unknown_turns=turns)
+    assert sum(map(module.product_flop, visits)) == 2.5 * 2 * 8 * 16 * 16

@@ -39,19 +39,21 @@ def test_uneven_stages_of_two_kinds_drawn_out():
     assert layout.moe_index.tolist() == [[[0, 0, 1]], [[0, 2, 0]]]
     assert layout.layer_ids["dense"].tolist() == [[[0]], [[3]]]
     assert layout.layer_ids["moe"].tolist() == [[[1, 2]], [[4, NO_LAYER]]]
-    assert not layout.is_uniform
+    assert layout.runs.fixed_count(0) == 1
+    assert layout.runs.fixed_count(1) is None
 
 
 def test_v_shaped_placement_drawn_out():
     layout = layer_layout(model(MOE, MOE, MOE, MOE), parse("0F0 3F0 3B0 0B0\n1F0 2F0 2B0 1B0"), (1, 1, 1, 1))
     assert layout.layer.tolist() == [[[0], [3]], [[1], [2]]]
-    assert layout.is_uniform
+    assert layout.runs.fixed_count(0) == 1
 
 
-def test_positions_where_all_ranks_hold_the_same_kind():
-    uneven = layer_layout(model(DENSE, MOE, MOE, DENSE, MOE), gpipe(2, 1), (3, 2))
-    assert uneven.agreed_kinds == (0, 1, None)
-    assert layer_layout(model(DENSE, MOE, MOE, MOE), gpipe(2, 1), (2, 2)).agreed_kinds == (None, 1)
+def test_the_busiest_kind_has_experts():
+    uneven = layer_layout(model(DENSE, MOE, DENSE, DENSE, MOE), gpipe(2, 1), (3, 2))
+    assert uneven.kinds[uneven.busiest_kind] == "moe"
+    assert uneven.runs.count.tolist() == [[[[1, 1], [1, 0]]], [[[1, 1], [0, 0]]]]
+    assert layer_layout(model(DENSE, DENSE), gpipe(2, 1), (1, 1)).busiest_kind == 0
 
 
 def test_stages_must_hold_the_layers():
