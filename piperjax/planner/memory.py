@@ -112,11 +112,6 @@ class Layout:
         """Whether backward comes as input and weight gradients."""
         return self.slots.taps > 0
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all stages hold equally many layers."""
-        return len(set(self.layers_per_stage)) == 1
-
 
 def estimate_memory(
     model: ModelConfig,
@@ -255,22 +250,23 @@ def _largest_phase(
 ) -> Phase:
     rows = padded_rows(model.vocab_size, layout.pipe) * (layout.pipe if layout.vocabulary == "whole" else 1)
     chunks = len(layout.layers_per_stage) // layout.pipe
-    before_layers, before_weights = _converted(model, layout, stored, compiler)
-    if layout.memory_mode == "stage":
-        held = sum(of.held for of in stored.layers.values()) // chunks
-        before_layers += held * compiler.share.tokens * model.d_model * compiler.itemsize
-    accumulators = {kind: compiler.share.wide * of.held * of.total for kind, of in stored.layers.items()}
+    held = sum(of.held for of in stored.layers.values()) // chunks
+    x = compiler.share.tokens * model.d_model * compiler.itemsize
+    of_stage = held * x if layout.memory_mode == "stage" else 0
+    if layout.overlap:  # A backward's slot is read before its loop.
+        of_stage += lasting.stash / ceil(layout.slots.stash)
     found = [workspace.head(model.d_model, rows, compiler)]
     for kind, layer in kinds_of(model):
         of = stored.layers[kind]
+        before_layers, before_weights = _converted(model, kind, layout, stored, compiler)
         phase = workspace.layer_backward(model.d_model, layer, of, compiler, splits=layout.splits)
-        found.append(phase.beside(before_layers + _passed_on(layout, accumulators, lasting, compiler)))
+        # With overlap, the slice of the weights of a layer whose forward runs. Where nothing is in a branch, loops over
+        # layers of several kinds, one after the other, leave gaps as large.
+        again = (layout.overlap and of.held > 1) or (layout.is_straight and len(stored.layers) > 1)
+        found.append(phase.beside(before_layers + of_stage + again * of.total * compiler.itemsize))
         if layout.splits:
             phase = workspace.weight_gradient(model.d_model, layer, of, compiler, layout.memory_mode)
-            # A loop of one turn is none: its branch is handed a copy, unless the gradient must be converted first.
-            is_copied = max(layout.layers_per_stage) == 1 and not compiler.is_widened
-            copies = sum(accumulators.values()) if is_copied else 0
-            found.append(phase.beside(before_weights + copies))
+            found.append(phase.beside(before_weights))
     largest = max(found, key=lambda phase: phase.total)
     largest = Phase(*(workspace.SLACK * part for part in largest))
     # After the last tick only accumulators last, and what they are reduced to comes beside them.
@@ -279,36 +275,30 @@ def _largest_phase(
     return max(largest, end, key=lambda phase: phase.total)
 
 
-def _passed_on(layout: Layout, accumulators: dict[str, float], lasting: _Lasting, compiler: Backend) -> float:
-    """Bytes of what branches hand on unchanged, which XLA copies before them.
-
-    A layer of one kind hands on the accumulators of the others; those of the last kind are changed in place, unless
-    there is a branch without a layer, for stages that hold fewer. A loop over forwards and backwards copies what both
-    read.
-    """
-    everything = sum(accumulators.values())
-    if layout.overlap:
-        is_loop = max(layout.layers_per_stage) > 1 or not compiler.is_widened
-        return (everything if is_loop else 0) + lasting.stash + lasting.taps
-    return everything if not layout.is_uniform else everything - list(accumulators.values())[-1]
-
-
 def _is_loop(stored: Storage, layout: Layout) -> bool:
-    """Whether the layers of a stage are a plain loop: several, all of one kind, equally many on every stage."""
-    return len(stored.layers) == 1 and layout.is_uniform and layout.layers_per_stage[0] > 1
+    """Whether the layers of a stage are in loops: not if every stage has one, all of one kind."""
+    return len(stored.layers) > 1 or max(layout.layers_per_stage) > 1
 
 
-def _converted(model: ModelConfig, layout: Layout, stored: Storage, compiler: Backend) -> tuple[float, float]:
-    """Bytes that a backward, and that weight gradients, convert to float32 before their loop over layers."""
+def _converted(
+    model: ModelConfig, own: str, layout: Layout, stored: Storage, compiler: Backend
+) -> tuple[float, float]:
+    """Bytes that a backward, and that weight gradients, convert to float32 before their loops over layers.
+
+    Loops over layers of every kind are prepared at once. If there is one layer of a kind, its own loop converts it.
+    """
     if not (compiler.is_widened and _is_loop(stored, layout)):
         return 0.0, 0.0
-    ((kind, of),) = stored.layers.items()
-    between = _between_passes(model, compiler.share, layout.memory_mode)[kind]
-    held = max(layout.layers_per_stage)
-    kept = 0 if layout.memory_mode == "stage" else ceil(layout.slots.stash) * held * between.narrow_kept
-    weights = of.held * of.total if of.held > 1 and not layout.is_straight else 0
-    taps = ceil(layout.slots.taps) * held * between.narrow_taps
-    return compiler.share.wide * (weights + kept), compiler.share.wide * taps
+    backward = weight_gradient = 0
+    between = _between_passes(model, compiler.share, layout.memory_mode)
+    for kind, held in most_layers_of_kind(model, layout.layers_per_stage).items():
+        of = stored.layers[kind]
+        if (of.held > 1 or kind != own) and not layout.is_straight:
+            backward += of.held * of.total
+        if layout.memory_mode != "stage":
+            backward += ceil(layout.slots.stash) * held * between[kind].narrow_kept
+        weight_gradient += ceil(layout.slots.taps) * held * between[kind].narrow_taps
+    return compiler.share.wide * backward, compiler.share.wide * weight_gradient
 
 
 @lru_cache(maxsize=256)

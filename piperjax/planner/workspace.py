@@ -81,17 +81,17 @@ def layer_backward(
     block = query_block(share.seq_len)
     of_scores = share.sequences * layer.attention.num_heads * share.seq_len * block * W
     in_blocks = block < share.seq_len
-    # The layer's slice of the weights; its gradient; the accumulator's slice that the gradient is added to.
-    copies = 1 if splits else 3
-    if weights.held == 1 and not splits:  # Both slices are all there is, and are read in place.
-        copies = 2 if backend.is_widened else 1
+    # The layer's slice of the weights, and its gradient, which is added to the accumulator in place.
+    copies = 1 if splits else 2
+    if weights.held == 1 and not splits and not backend.is_widened:  # The slice is all there is.
+        copies = 1
     of_weights = copies * (weights.attention + weights.experts) * w
     beside = T * (7 * d_model * w + heads * w)
     up = layer.ffn.num_matrices - 1
     if splits:
         of_weights += weights.ffn * w
-    else:  # Of the second matrix, only the accumulator's slice is there for long.
-        of_weights += (1 + (1 if backend.is_widened else 2) * up / (up + 1)) * weights.ffn * w
+    else:  # The gradient of the second matrix is added before the others are there.
+        of_weights += (1 if backend.is_widened else 1 + up / (up + 1)) * weights.ffn * w
     if isinstance(layer.ffn, DenseFFN):
         hidden = T * layer.ffn.d_ff * w * (up + 3 if backend.is_widened else up + 2)
         num_scores = SCORES_OF_A_BLOCK if in_blocks else 2
@@ -126,10 +126,9 @@ def layer_backward(
 def weight_gradient(
     d_model: int, layer: LayerConfig, weights: LayerWeights, backend: Backend, memory_mode: str
 ) -> Phase:
-    """Weight gradients of one layer from its taps: what it reads, the gradients, the accumulator's slices."""
+    """Weight gradients of one layer from its taps: what it reads, and the gradients."""
     taps = tap_bytes(d_model, layer, backend.share, memory_mode) * backend.itemsize / backend.share.itemsize
-    copies = 1 if weights.held == 1 else 2
-    return Phase(workspace=taps + copies * weights.total * backend.itemsize)
+    return Phase(workspace=taps + weights.total * backend.itemsize)
 
 
 def narrow_elements(count, d_model: int, layer: LayerConfig, share: Share, memory_mode: str) -> int:
