@@ -63,9 +63,13 @@ class NodeExchange:
 
     pair_bytes: int
     rounds: int = 1
-    repeats: int = 5
-    label: str = "inside the nodes"
+    repeats: int = 9
     variants: tuple[str, ...] = ("node",)
+
+    @property
+    def label(self) -> str:
+        """How tables and records call it."""
+        return f"inside the nodes, {self.pair_bytes} B per pair"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +155,12 @@ class Overlap:
 
 Cell = Exchange | NodeExchange | Layer | Overlap
 
-_FLAT, _HALO2, _ONCE = Variant("flat"), Variant("halo2"), Variant("halo2_dedup")
-_DROPPING = Variant("flat", 1.5)
-# Rows of 4 KiB are those of 2,048 elements in bfloat16, as models with 64 experts and 6 of them for a token have.
+_FLAT, _ONCE, _DROPPING = Variant("flat"), Variant("halo2_dedup"), Variant("flat", 1.5)
+_CHUNKED = Variant("halo2_dedup", chunks=2)
+# Rows of 4 KiB are those of 2,048 elements in bfloat16, as models with 64 experts and 6 of them for a token have. Flat
+# dispatch that drops nothing sends 16 times the rows (64 times with 256 experts), so it has few tokens.
 SWEEP: tuple[Cell, ...] = (
+    NodeExchange(pair_bytes=4),
     NodeExchange(pair_bytes=131_072),
     Exchange(pair_bytes=256, repeats=21),
     Exchange(pair_bytes=1024, repeats=21),
@@ -166,16 +172,15 @@ SWEEP: tuple[Cell, ...] = (
         experts_per_token=6,
         tokens=8,
         d_model=1024,
-        ways=(_FLAT, _HALO2, Variant("halo3"), _ONCE, Variant("halo2_dedup", chunks=2), _DROPPING),
+        ways=(_FLAT, Variant("halo2"), Variant("halo3"), _ONCE),
     ),
-    Layer(
-        num_experts=256, experts_per_token=8, tokens=8, d_model=512, ways=(_FLAT, _HALO2, _ONCE, _DROPPING)
-    ),
+    Layer(num_experts=64, experts_per_token=6, tokens=32, d_model=1024, ways=(_ONCE, _CHUNKED, _DROPPING)),
+    Layer(num_experts=256, experts_per_token=8, tokens=32, d_model=1024, ways=(_ONCE, _CHUNKED, _DROPPING)),
 )
 _OVERLAPPED = dict(num_experts=8, experts_per_token=2, tokens=1024, d_model=1024, d_ff=512)
 OVERLAP = (
-    Overlap(**_OVERLAPPED),
-    Overlap(**_OVERLAPPED, passes="forward and backward", repeats=3),
+    Overlap(**_OVERLAPPED, chunks=(1, 4, 8)),
+    Overlap(**_OVERLAPPED, chunks=(1, 4), passes="forward and backward", repeats=3),
 )
 CELLS: dict[str, tuple[Cell, ...]] = {"sweep": SWEEP, "overlap": OVERLAP}
 

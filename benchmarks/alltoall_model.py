@@ -1,7 +1,8 @@
 """The shaped network as a platform: what the planner would choose on it, and how well the simulation knows it.
 
 One number is fitted, the CPU seconds of a message, to one point: the flat all-to-all of the smallest size, which is
-nothing but messages. The rate between nodes is the one that was set, less headers; the rate inside is measured alone.
+nothing but messages. The rate between nodes is the one that was set, less headers; the rate inside of nodes and what
+a collective costs that moves nothing are measured alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,19 +76,29 @@ class Choice(NamedTuple):
 def platform_of(shape: Shape, cells: Sequence[Cell], seconds: Seconds) -> Platform:
     """The shaped network after its measurements, its one number fitted."""
     smallest = min((cell for cell in cells if isinstance(cell, Exchange)), key=lambda cell: cell.pair_bytes)
-    inside = next(cell for cell in cells if isinstance(cell, NodeExchange))
-    sent = inside.pair_bytes * (shape.local - 1)
+    empty, full = sorted(
+        (cell for cell in cells if isinstance(cell, NodeExchange)), key=lambda cell: cell.pair_bytes
+    )
+    nothing = median(seconds[empty.label]["node"])
+    # A device posts messages to all others but the first, which is in the latency. The cores post those of all devices,
+    # so that each waits for its turn.
+    message_seconds = (median(seconds[smallest.label]["flat"]) - nothing) / (shape.num_devices - shape.local)
+    latency_seconds = max(message_seconds, nothing - (shape.local - 2) * message_seconds)
     return shaped_platform(
         shape,
-        inside_bytes_per_second=sent / median(seconds[inside.label]["node"]),
-        # The cores post the messages of all devices, so that a device waits for its turn.
-        message_seconds=median(seconds[smallest.label]["flat"]) / (shape.num_devices - 1),
+        inside_bytes_per_second=full.pair_bytes
+        * (shape.local - 1)
+        / (median(seconds[full.label]["node"]) - nothing),
+        message_seconds=message_seconds,
+        latency_seconds=latency_seconds,
     )
 
 
-def shaped_platform(shape: Shape, *, inside_bytes_per_second: float, message_seconds: float) -> Platform:
-    """The shaped network, with its rate inside of a node per device, and what a further message costs a device."""
-    alike = dict(latency_seconds=message_seconds, message_seconds=message_seconds)
+def shaped_platform(
+    shape: Shape, *, inside_bytes_per_second: float, message_seconds: float, latency_seconds: float
+) -> Platform:
+    """The shaped network, with its rate inside of a node per device, and what messages cost a device."""
+    alike = dict(latency_seconds=latency_seconds, message_seconds=message_seconds)
     between = shape.bytes_per_second * PAYLOAD_FRACTION / shape.local
     return Platform(
         name="namespaces",
