@@ -1,8 +1,8 @@
 """The tokens of a microbatch in chunks, so that one is on its way while another is at its experts.
 
-    step     1     2     3     4
+    step     0     1     2     3     4
     send     0     1     2
-    work           0     1     2       three chunks
+    work           0     1     2             three chunks
     collect              0     1     2
 
 At the end of every step a barrier holds all that its stages made, and the next chunk of tokens, until all are done:

@@ -23,7 +23,7 @@ from piperjax.runtime.dispatch_nodes_limited import Rows
 from piperjax.runtime.dispatcher import DISPATCHED, Dispatcher, ExpertFFN, Sharing
 from piperjax.runtime.fan import fan_in, fan_out, fan_out_whole_numbers
 from piperjax.runtime.group_rows import group_by_expert
-from piperjax.runtime.permute import combine_rows, spread_rows
+from piperjax.runtime.permute import combine_sparse_rows, spread_rows
 from piperjax.runtime.varying import vary_like
 
 
@@ -102,7 +102,7 @@ def _work(expert_ffn: ExpertFFN, arrived: Rows, sharing: Sharing):
         num_places=hops.num_copies(sharing),
     )
     results = expert_ffn(spread_rows(rows.x, grouped.where), grouped.sizes)
-    return hops.from_devices(combine_rows(results, grouped.gates, grouped.where), way, sharing)
+    return hops.from_devices(combine_sparse_rows(results, grouped.gates, grouped.where), way, sharing)
 
 
 def _collect(results: jax.Array, kept, sharing: Sharing):

@@ -172,6 +172,29 @@ def _combine_backward(saved, dy):
 combine_rows.defvjp(_combine_forward, _combine_backward)
 
 
+@jax.custom_vjp
+def combine_sparse_rows(rows: jax.Array, gates: jax.Array, where: Places) -> jax.Array:
+    """`combine_rows` where most copies have no place: what is kept for backward are the R rows, not T k of them."""
+    return _weighted_sum(_take_slots(rows, where), gates)
+
+
+def _combine_sparse_backward(saved, dy):
+    rows, gates, where = saved
+    dy_rows = take(dy, where.copies // gates.shape[1]).astype(_wide(rows, gates))
+    gate = take(gates.reshape(-1), where.copies)[:, None].astype(dy_rows.dtype)
+    drows = _clear((gate * dy_rows).astype(rows.dtype), where.live)
+    of_places = jnp.einsum("rd,rd->r", rows.astype(dy_rows.dtype), dy_rows, precision="highest")
+    dgates = take(of_places, where.places).astype(gates.dtype)
+    dgates = dgates if where.kept is None else jnp.where(where.kept, dgates, jnp.zeros((), dgates.dtype))
+    return drows, dgates, None
+
+
+combine_sparse_rows.defvjp(
+    lambda rows, gates, where: (_weighted_sum(_take_slots(rows, where), gates), (rows, gates, where)),
+    _combine_sparse_backward,
+)
+
+
 class Exchange(NamedTuple):
     """A one-to-one relation between the live places of two buffers of R places.
 

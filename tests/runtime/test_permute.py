@@ -55,8 +55,9 @@ def places_of(T, k, R, *, dropped, rng):
     return jax.tree.map(jnp.asarray, where)
 
 
+@pytest.mark.parametrize("combine", [permute.combine_rows, permute.combine_sparse_rows])
 @pytest.mark.parametrize(("R", "dropped"), [(24, 0), (40, 0), (40, 5), (19, 5)])
-def test_spread_and_combine_equal_indexing(R, dropped):
+def test_spread_and_combine_equal_indexing(combine, R, dropped):
     T, k, D = 8, 3, 5
     rng = np.random.default_rng(R + dropped)
     where = places_of(T, k, R, dropped=dropped, rng=rng)
@@ -78,7 +79,7 @@ def test_spread_and_combine_equal_indexing(R, dropped):
         gates,
         scale,
         lambda x: permute.spread_rows(x, where),
-        lambda r, g: permute.combine_rows(r, g, where),
+        lambda r, g: combine(r, g, where),
     )
     for found, wanted in zip(ours, plain, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
