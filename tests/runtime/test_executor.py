@@ -403,6 +403,7 @@ def test_dispatch_by_nodes_and_in_chunks_cannot_deadlock():
     check_cannot_deadlock("zb_h1", (2, 4, 1), "layer", dispatch="halo2_dedup", dispatch_chunks=2)
 
 
+@pytest.mark.slow
 def test_dispatch_through_leaders_equals_one_device():
     check_equal(model(), plan_for(model(), dispatch="halo3", expert=4, data=2), tolerance=1e-5)
 
