@@ -162,7 +162,7 @@ _CHUNKED = Variant("halo2_dedup", chunks=2)
 SWEEP: tuple[Cell, ...] = (
     NodeExchange(pair_bytes=4),
     NodeExchange(pair_bytes=131_072),
-    Exchange(pair_bytes=256, repeats=21),
+    Exchange(pair_bytes=256, repeats=41),
     Exchange(pair_bytes=1024, repeats=21),
     Exchange(pair_bytes=4096, repeats=11),
     Exchange(pair_bytes=16_384, repeats=7),
@@ -175,7 +175,7 @@ SWEEP: tuple[Cell, ...] = (
         ways=(_FLAT, Variant("halo2"), Variant("halo3"), _ONCE),
     ),
     Layer(num_experts=64, experts_per_token=6, tokens=32, d_model=1024, ways=(_ONCE, _CHUNKED, _DROPPING)),
-    Layer(num_experts=256, experts_per_token=8, tokens=32, d_model=1024, ways=(_ONCE, _CHUNKED, _DROPPING)),
+    Layer(num_experts=256, experts_per_token=8, tokens=32, d_model=1024, ways=(_ONCE, _DROPPING)),
 )
 _OVERLAPPED = dict(num_experts=8, experts_per_token=2, tokens=1024, d_model=1024, d_ff=512)
 OVERLAP = (
