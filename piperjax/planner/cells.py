@@ -4,6 +4,7 @@ Layers are priced for every kind and memory mode; what depends on tokens and exp
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -130,7 +131,12 @@ def _cell(
         outer=np.array(outer),
         outer_exchange=exchanges * np.array(exchange),
         step_end=reduction + optimizer,
-        share=share,
+        share=replace(
+            share,
+            nodes=prod(plans[0].expert_factors[:2]),
+            dispatch=way.dispatch,
+            dispatch_chunks=way.chunks,
+        ),
     )
 
 

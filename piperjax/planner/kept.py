@@ -1,19 +1,21 @@
 """This file is what one layer keeps between its passes, in bytes, for each memory mode.
 
 The closed form of what `runtime/passes.py` finds by tracing; a test compares the two. Letters are those of the README,
-and R is the rows of a device's dispatch buffer, dead places included. Latent attention is not yet a layer: it is
-counted as the same passes would keep it.
+and R is the rows of a device's buffer for its experts, dead places included (`buffers`). Latent attention is not yet a
+layer: it is counted as the same passes would keep it.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from models.config import DenseFFN, GroupedQueryAttention, LatentAttention, LayerConfig, MoEFFN
 from models.query_blocks import query_block
+from piperjax.planner.buffers import Buffers, buffers
+from piperjax.planner.dispatchers import named
+from piperjax.planner.plan import Plan
 from piperjax.planner.storage import itemsize_of, wide_itemsize
 
-INDEX = 4  # Bytes of an int32.
+INDEX, SMALL_INDEX = 4, 2  # Bytes of an int32, and of an int16.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,8 @@ class Share:
       sequences: B, sequences of a microbatch on this device.
       seq_len: S.
       expert: P, devices that share the experts of a layer.
+      nodes: N, nodes that these are on.
+      dispatch, dispatch_chunks: how rows reach them, as in a plan.
       capacity_factor: rows that a device accepts from another, over the balanced number; 0 is dropless.
       dtype: of the computation.
     """
@@ -31,8 +35,26 @@ class Share:
     sequences: int
     seq_len: int
     expert: int = 1
+    nodes: int = 1
+    dispatch: str = "flat"
+    dispatch_chunks: int = 1
     capacity_factor: float = 0.0
     dtype: str = "bfloat16"
+
+    @classmethod
+    def of(cls, plan: Plan, dtype: str) -> "Share":
+        """That of a plan."""
+        group, node, _ = plan.expert_factors
+        return cls(
+            sequences=plan.microbatch_size // (plan.data * plan.expert),
+            seq_len=plan.seq_len,
+            expert=plan.expert,
+            nodes=group * node,
+            dispatch=plan.dispatch,
+            dispatch_chunks=plan.dispatch_chunks,
+            capacity_factor=plan.capacity_factor,
+            dtype=dtype,
+        )
 
     @property
     def tokens(self) -> int:
@@ -49,19 +71,26 @@ class Share:
         """Bytes of an element of norms, softmax and routers."""
         return wide_itemsize(self.dtype)
 
-    def rows(self, ffn: MoEFFN) -> int:
-        """R of the flat dispatcher: P C with C = T min(k, E / P), or as many as the capacity allows."""
-        capacity = self.tokens * min(ffn.experts_per_token, ffn.num_experts // self.expert)
-        if self.capacity_factor:
-            balanced = self.tokens * ffn.experts_per_token / self.expert
-            capacity = min(capacity, math.ceil(self.capacity_factor * balanced))
-        return self.expert * capacity
-
-    def drops(self, ffn: MoEFFN) -> bool:
-        """Whether the capacity can be too small."""
-        return self.rows(ffn) < self.expert * self.tokens * min(
-            ffn.experts_per_token, ffn.num_experts // self.expert
+    def buffers(self, ffn: MoEFFN) -> Buffers:
+        """Rows of its buffers."""
+        return buffers(
+            ffn,
+            self.tokens,
+            expert=self.expert,
+            nodes=self.nodes,
+            dispatch=self.dispatch,
+            chunks=self.dispatch_chunks,
+            capacity_factor=self.capacity_factor,
         )
+
+    def rows(self, ffn: MoEFFN) -> int:
+        """R."""
+        return self.buffers(ffn).experts
+
+    @property
+    def deduplicates(self) -> bool:
+        """Whether rows travel once per node, with the ids and gates of their experts."""
+        return named(self.dispatch).deduplicates
 
 
 class AttentionWidths(NamedTuple):
@@ -105,9 +134,23 @@ def kept_bytes(d_model: int, layer: LayerConfig, share: Share, memory_mode: str)
 
 
 def _named(D: int, ffn: MoEFFN, share: Share) -> int:
-    """Rows as experts receive and return them, and how many came from each device for each expert."""
-    counts = INDEX * ffn.num_experts if share.expert > 1 else 0
+    """Rows as experts receive and return them, and how many came from each device for each expert.
+
+    Of rows that came once, no results: these are summed before they return.
+    """
+    if share.deduplicates:
+        return _arrived(D, ffn, share)
+    counts = INDEX * ffn.num_experts * share.dispatch_chunks if share.expert > 1 else 0
     return 2 * share.rows(ffn) * D * share.itemsize + counts
+
+
+def _arrived(D: int, ffn: MoEFFN, share: Share) -> int:
+    """Rows that came once per node, with the ids and gates of their experts; ids of those that a node chose from."""
+    rows, k = share.buffers(ffn), ffn.experts_per_token
+    ids = k * (SMALL_INDEX if ffn.num_experts < 2**15 else INDEX)
+    return rows.arrived * (D * share.itemsize + ids + k * share.wide) + (
+        rows.of_node * ids if share.capacity_factor else 0
+    )
 
 
 def _products(D: int, layer: LayerConfig, share: Share) -> int:
@@ -117,12 +160,19 @@ def _products(D: int, layer: LayerConfig, share: Share) -> int:
     if isinstance(ffn, DenseFFN):
         return attention + T * w * (ffn.num_matrices - 1) * ffn.d_ff
     first, k, E = ffn.num_matrices - 1, ffn.experts_per_token, ffn.num_experts
-    router = (
-        T * E * share.wide + 2 * T * k * INDEX + (E * share.wide if ffn.router.balance == "aux_loss" else 0)
-    )
-    if share.expert > 1:
-        router += E * INDEX + (T * k * INDEX if share.drops(ffn) else 0)
-    rows = share.rows(ffn) * w * ((2 if share.expert > 1 else 1) * D + first * ffn.d_ff)
+    router = T * E * share.wide + T * k * INDEX + (E * share.wide if ffn.router.balance == "aux_loss" else 0)
+    R, chunks = share.rows(ffn), share.dispatch_chunks
+    rows = R * w * (D + first * ffn.d_ff)
+    if share.deduplicates:
+        rows += _arrived(D, ffn, share)
+    else:
+        router += T * k * INDEX
+        if share.expert > 1:
+            router += chunks * E * INDEX + (T * k * INDEX if share.buffers(ffn).may_drop else 0)
+            # The barrier between chunks holds one more of what arrived.
+            rows += R * w * D + (R // chunks * w * D if chunks > 1 else 0)
+        if share.dispatch == "halo3":  # It is a unit with its own gradient, out of which nothing is kept.
+            rows, router = rows - R * w * D, router - chunks * E * INDEX
     beside = first * (ffn.shared_d_ff + ffn.dense_residual_d_ff)
     if ffn.shared_gate == "sigmoid":
         beside += D + 1
@@ -142,10 +192,26 @@ def _stash(D: int, layer: LayerConfig, share: Share) -> int:
     if ffn.dense_residual_d_ff:
         beside += T * (2 * D * W + 2 * W + D * w)
     R, k = share.rows(ffn), ffn.experts_per_token
-    indices = 15 * R if share.expert > 1 else INDEX * R
-    rows = R * w * (D + 6 * ffn.d_ff) + indices + INDEX * ffn.num_experts // share.expert
-    returned = T * k * (D * w + INDEX + share.drops(ffn))
+    rows = R * w * (D + 6 * ffn.d_ff) + INDEX * ffn.num_experts // share.expert * share.dispatch_chunks
+    if share.deduplicates:
+        rows += 5 * R + _sums_stash(D, ffn, share)
+        returned = -T * k * W
+    else:
+        rows += 15 * R if share.expert > 1 else INDEX * R
+        returned = T * k * (D * w + INDEX + share.buffers(ffn).may_drop)
     return norms + attention + beside + rows + returned + _router_stash(ffn, share)
+
+
+def _sums_stash(D: int, ffn: MoEFFN, share: Share) -> int:
+    """What sums of the results of a device, and of a node, need for their gradients."""
+    rows, k, here = share.buffers(ffn), ffn.experts_per_token, ffn.num_experts // share.expert
+    slots = min(k, here)
+    sums = rows.experts * D * share.itemsize
+    sums += rows.arrived * (2 * slots * INDEX + (k * here + here if here <= k else k))
+    if not share.capacity_factor:
+        return sums
+    local = share.expert // share.nodes
+    return sums + 5 * (rows.arrived + share.nodes * share.tokens + (local + 1) * rows.of_node)
 
 
 def _attention_stash(attention: GroupedQueryAttention | LatentAttention, share: Share) -> int:
@@ -196,12 +262,11 @@ def tap_bytes(d_model: int, layer: LayerConfig, share: Share, memory_mode: str) 
     hidden = 1 if memory_mode == "stash" else 2
     if isinstance(ffn, DenseFFN):
         return attention + widened + T * w * _ffn_taps(D, ffn.d_ff, ffn.num_matrices, hidden)
-    first, R = ffn.num_matrices - 1, share.rows(ffn)
-    inputs = T if by_products and share.expert == 1 else R
-    counts = INDEX * ffn.num_experts // share.expert + (INDEX * R if by_products else 0)
-    rows = w * (
-        R * ((2 if memory_mode in ("named", "products") else 1) + first) * ffn.d_ff + (R + inputs) * D
-    )
+    first, R, chunks = ffn.num_matrices - 1, share.rows(ffn), share.dispatch_chunks
+    inputs, indices = _inputs_by_products(ffn, share) if by_products else (R, 0)
+    counts = INDEX * ffn.num_experts // share.expert * chunks + INDEX * indices
+    factors = 2 if memory_mode == "products" or (memory_mode == "named" and not share.deduplicates) else 1
+    rows = w * (R * (factors + first) * ffn.d_ff + (R + inputs) * D)
     beside = 0
     if ffn.shared_d_ff:
         gated = ffn.shared_gate == "sigmoid" and not by_products
@@ -211,6 +276,19 @@ def tap_bytes(d_model: int, layer: LayerConfig, share: Share, memory_mode: str) 
     if ffn.dense_residual_d_ff:
         beside += widened + T * w * _ffn_taps(D, ffn.dense_residual_d_ff, ffn.num_matrices, hidden)
     return attention + rows + counts + beside
+
+
+def _inputs_by_products(ffn: MoEFFN, share: Share) -> tuple[int, int]:
+    """Rows from which a weight gradient makes the inputs of experts, and indices for that."""
+    T, of, chunks = share.tokens, share.buffers(ffn), share.dispatch_chunks
+    R = of.experts
+    if share.expert == 1:
+        return T, R
+    if share.deduplicates:
+        return of.arrived, R
+    if share.dispatch == "halo3":
+        return T, 2 * R
+    return (R, R) if chunks == 1 else (T + R + R // chunks, R + R // chunks)
 
 
 def _ffn_taps(d_model: int, d_ff: int, num_matrices: int, hidden: int) -> int:

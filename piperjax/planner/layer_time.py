@@ -7,7 +7,6 @@ backward 2, or 4 where it repeats those of forward, or 6 where whole stages are 
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from math import ceil
 from typing import NamedTuple
 
 from meshes.platform import Device, Platform
@@ -107,9 +106,19 @@ def price_layer(
     is_small = dtype.startswith("float8")
     base = "bfloat16" if is_small else dtype
     itemsize = {"float64": 8, "float32": FLOAT32_BYTES}.get(base, 2)
-    buffer_rows = None
-    if isinstance(ffn, MoEFFN) and rows == "static":
-        buffer_rows = _static_rows(ffn, tokens, expert, capacity_factor)
+    share, buffer = None, None
+    if rows == "static":
+        share = Share(
+            sequences=round(tokens / seq_len),
+            seq_len=seq_len,
+            expert=expert,
+            nodes=group * node,
+            dispatch=dispatcher,
+            dispatch_chunks=dispatch_chunks,
+            capacity_factor=capacity_factor,
+            dtype=base,
+        )
+        buffer = share.buffers(ffn) if isinstance(ffn, MoEFFN) else None
     work = layer_work(
         d_model,
         layer,
@@ -118,19 +127,13 @@ def price_layer(
         expert=expert,
         tensor=tensor,
         imbalance=imbalance,
-        buffer_rows=buffer_rows,
+        buffer=buffer,
         itemsize=itemsize,
     )
-    pricing = _Pricing(device, work, dtype, base, seq_len, dispatch_chunks)
+    sums = share is not None and share.deduplicates
+    pricing = _Pricing(device, work, dtype, base, seq_len, dispatch_chunks, sums)
     held = Held()
-    if rows == "static":
-        share = Share(
-            sequences=round(tokens / seq_len),
-            seq_len=seq_len,
-            expert=expert,
-            capacity_factor=capacity_factor,
-            dtype=base,
-        )
+    if share is not None:
         kept, taps = (count(d_model, layer, share, memory_mode) for count in (kept_bytes, tap_bytes))
         weights = itemsize * sum(p.weights for p in work.products)
         held = Held(kept_bytes=kept, tap_bytes=taps, weight_bytes=weights)
@@ -187,15 +190,6 @@ def exposed_seconds(platform: Platform, stages: Stages, chunks: int, experts_sec
     return alone - HIDDEN_FRACTION * (alone + experts_seconds - together)
 
 
-def _static_rows(ffn: MoEFFN, tokens: float, expert: int, capacity_factor: float) -> float:
-    """Rows of the buffers in which a device receives rows for its experts."""
-    k = ffn.experts_per_token
-    if expert == 1:
-        return tokens * k
-    most = tokens * min(k, ffn.num_experts // expert)
-    return expert * (min(most, ceil(capacity_factor * tokens * k / expert)) if capacity_factor else most)
-
-
 def _repeats(memory_mode: str) -> int:
     """How often backward repeats the all-to-alls of forward."""
     return {"stage": 2, "layer": 1}.get(memory_mode, 0)
@@ -219,7 +213,10 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class _Pricing:
-    """The work of a layer on a device, for products in `dtype` and everything else in `base`."""
+    """The work of a layer on a device, for products in `dtype` and everything else in `base`.
+
+    Experts work on `chunks` of the rows, one after the other, and results are summed before they return, or not.
+    """
 
     device: Device
     work: LayerWork
@@ -227,6 +224,7 @@ class _Pricing:
     base: str
     seq_len: int
     chunks: int = 1
+    sums: bool = False
 
     @property
     def experts_forward(self) -> float:
@@ -275,8 +273,12 @@ class _Pricing:
         needed = {
             "stage": (lambda p: not p.is_last, 1.0, everything),
             "layer": (lambda p: not p.is_last, 1.0, everything),
-            # Rows are kept as experts receive and as they return them.
-            "named": (lambda p: not p.is_last and p.name != "experts down", 1.0, lambda s: not s.is_sent),
+            # Rows are kept as experts receive and, unless summed before they return, as they return them.
+            "named": (
+                lambda p: not p.is_last and (self.sums or p.name != "experts down"),
+                1.0,
+                lambda s: not s.is_sent,
+            ),
             "products": (nothing, 1.0, everything),
             "stash": (nothing, 0.0, nothing),
         }[memory_mode]

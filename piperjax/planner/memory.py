@@ -143,20 +143,13 @@ def estimate_memory(
 
 def layout_of(plan: Plan, dtype: str) -> Layout:
     """What memory depends on of a plan."""
-    share = Share(
-        sequences=plan.microbatch_size // (plan.data * plan.expert),
-        seq_len=plan.seq_len,
-        expert=plan.expert,
-        capacity_factor=plan.capacity_factor,
-        dtype=dtype,
-    )
     return Layout(
         pipe=plan.pipe,
         data=plan.data,
         expert=plan.expert,
         layers_per_stage=plan.layers_per_stage,
         num_microbatches=plan.num_microbatches,
-        share=share,
+        share=Share.of(plan, dtype),
         slots=plan.profile().slots,
         memory_mode=plan.memory_mode,
         vocabulary=plan.vocabulary,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from models import cost
 from models.config import DenseFFN, GroupedQueryAttention, LatentAttention, LayerConfig, MoEFFN
+from piperjax.planner.buffers import Buffers
 
 FLOAT32_BYTES = 4
 
@@ -85,7 +86,7 @@ def layer_work(
     expert: int = 1,
     tensor: int = 1,
     imbalance: float = 1.0,
-    buffer_rows: float | None = None,
+    buffer: Buffers | None = None,
     itemsize: int = 2,
 ) -> LayerWork:
     """The work of one layer.
@@ -98,7 +99,7 @@ def layer_work(
       expert: devices that share the experts.
       tensor: devices that share heads and features.
       imbalance: rows of the busiest device over the mean.
-      buffer_rows: rows that elementwise work of experts goes through; None for those that are there, T k imbalance.
+      buffer: rows that elementwise work of experts goes through; None for those that are there, T k imbalance.
       itemsize: bytes of an activation.
     """
     attention, ffn = layer.attention, layer.ffn
@@ -112,7 +113,6 @@ def layer_work(
         streams.append(_activation("dense", ffn.d_ff, ffn.num_matrices, tokens, itemsize))
     else:
         rows = tokens * ffn.experts_per_token * imbalance
-        buffer = rows if buffer_rows is None else buffer_rows
         products, more = _experts(d_model, ffn, tokens, rows, buffer, expert, itemsize)
         streams += more
         for name, width in (("shared", ffn.shared_d_ff), ("residual", ffn.dense_residual_d_ff)):
@@ -168,22 +168,27 @@ def _attention(
 
 
 def _experts(
-    d_model: int, ffn: MoEFFN, tokens: float, rows: float, buffer_rows: float, expert: int, itemsize: int
+    d_model: int, ffn: MoEFFN, tokens: float, rows: float, buffer: Buffers | None, expert: int, itemsize: int
 ) -> tuple[list[Product], list[Stream]]:
     """Router, routed experts, and the permutations around them."""
     E, k = ffn.num_experts, ffn.experts_per_token
     groups = E // expert
     scores = tokens * E * FLOAT32_BYTES
     sent = tokens * k * d_model * itemsize
-    moved = 2 * buffer_rows * d_model * itemsize
+    buffer_rows = rows if buffer is None else buffer.experts
     streams = [
         Stream("router", 4 * scores, 3 * scores, launches=6),
         Stream("spread rows", sent + buffer_rows * d_model * itemsize, 2 * sent, launches=2, is_sent=True),
         Stream("combine rows", sent + tokens * d_model * itemsize, 2 * sent, launches=2, is_sent=True),
         _activation("experts", ffn.d_ff, ffn.num_matrices, buffer_rows, itemsize),
     ]
-    if expert > 1:
-        streams.append(Stream("group rows by expert", 2 * moved, 2 * moved, launches=4))
+    row_bytes = d_model * itemsize
+    if buffer is not None and buffer.of_node:
+        summed = 2 * (buffer.arrived + buffer.of_node) * row_bytes
+        streams.append(Stream("sums of devices and nodes", summed, summed, launches=4))
+    elif expert > 1:
+        moved = 4 * buffer_rows * row_bytes
+        streams.append(Stream("group rows by expert", moved, moved, launches=4))
     products = [
         Product("router", tokens, E, d_model, is_wide=True),
         *_ffn("experts", d_model, ffn.d_ff, ffn.num_matrices, rows=rows / groups, groups=groups),

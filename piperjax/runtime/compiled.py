@@ -87,14 +87,10 @@ def _blocks_per_group(executor: Executor) -> float:
     ffn = next((layer.ffn for layer in executor.config.layers if isinstance(layer.ffn, MoEFFN)), None)
     if ffn is None:
         return 1.0
-    share = Share(
-        sequences=plan.microbatch_size // (plan.data * plan.expert),
-        seq_len=plan.seq_len,
-        expert=plan.expert,
-        capacity_factor=plan.capacity_factor,
-    )
-    groups, rows = ffn.num_experts // plan.expert, share.rows(ffn)
-    live = min(rows, share.tokens * ffn.experts_per_token)
+    share = Share.of(plan, executor.dtype)
+    # Every chunk of tokens has a loop of its own.
+    groups, rows = ffn.num_experts // plan.expert, share.rows(ffn) // plan.dispatch_chunks
+    live = min(rows, share.tokens * ffn.experts_per_token // plan.dispatch_chunks)
     return live / groups / block_rows(rows, groups)
 
 

@@ -13,6 +13,7 @@ import jax
 from meshes.mesh import build_mesh
 from meshes.platform import Platform
 from models import cost
+from piperjax.planner.sent_bytes import dispatch_bytes
 from piperjax.runtime.executor import Executor
 from piperjax.training import banner, distributed
 from piperjax.training.checkpoint import Checkpoints
@@ -214,6 +215,7 @@ def _prepare(
             num_devices=len(devices),
             peak_flop_per_second=platform.device.known_peak(config.dtype) or 0.0,
             predicted_step_seconds=prediction.step_seconds or 0.0,
+            all_to_all_bytes=dispatch_bytes(config.model, plan, dtype=config.dtype),
         ),
         checkpoints=checkpoints,
         metrics_file=metrics_file,

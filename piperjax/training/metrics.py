@@ -4,8 +4,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,6 +29,7 @@ class Work:
       num_devices: devices of the mesh.
       peak_flop_per_second: matmul rate of one device in the run's dtype; 0 if the platform does not say.
       predicted_step_seconds: what the planner expects of a step; 0 if the platform says too little.
+      all_to_all_bytes: bytes of rows that a device sends to experts and back, by how far (`planner/sent_bytes.py`).
     """
 
     tokens: int
@@ -36,6 +37,7 @@ class Work:
     num_devices: int
     peak_flop_per_second: float
     predicted_step_seconds: float = 0.0
+    all_to_all_bytes: Mapping[str, float] = field(default_factory=dict)
 
 
 def step_record(metrics: StepMetrics, *, step: int, step_seconds: float, work: Work) -> Record:
@@ -60,6 +62,8 @@ def step_record(metrics: StepMetrics, *, step: int, step_seconds: float, work: W
         "load_imbalance": [round(float(value), 4) for value in imbalance],
         "dropped_fraction": float(metrics.dropped) / routed if routed else 0.0,
     }
+    if work.all_to_all_bytes:
+        record["all_to_all_bytes"] = dict(work.all_to_all_bytes)
     if work.predicted_step_seconds:
         record["predicted_step_seconds"] = work.predicted_step_seconds
     if work.peak_flop_per_second:
@@ -93,6 +97,8 @@ def step_line(record: Record, *, num_steps: int) -> str:
     if record["load_imbalance"]:
         parts.append(f"load {max(record['load_imbalance']):.2f}x mean")
         parts.append(f"dropped {record['dropped_fraction']:.1%}")
+    if sent := record.get("all_to_all_bytes"):
+        parts.append("all-to-all " + ", ".join(f"{gib(sent[level])} {level}" for level in sent))
     if "peak_memory_bytes" in record:
         parts.append(f"memory {record['peak_memory_bytes'] / 2**30:.2f} GiB")
     return " | ".join(parts)

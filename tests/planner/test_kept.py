@@ -55,7 +55,18 @@ class EnoughError(Exception):
     """Ends a trace that has come to what the passes keep and hand over."""
 
 
-def traced(monkeypatch, layer, memory_mode, *, expert, capacity_factor, dtype):
+# On four devices, two on each of two nodes.
+WAYS = [
+    dict(dispatch="halo2"),
+    dict(dispatch="halo2_dedup"),
+    dict(dispatch="halo2_dedup", capacity_factor=1.0),
+    dict(dispatch="flat", dispatch_chunks=2),
+    dict(dispatch="halo2_dedup", dispatch_chunks=2),
+    dict(dispatch="halo2_dedup", dispatch_chunks=2, capacity_factor=1.0),
+]
+
+
+def traced(monkeypatch, layer, memory_mode, *, expert, dtype, **dispatch):
     """Bytes that the passes of a layer keep and hand over, per microbatch, on two sequences of 24 tokens."""
     model = ModelConfig(name="traced", d_model=40, vocab_size=56, layers=(layer, layer))
     executor = make_executor(
@@ -68,7 +79,7 @@ def traced(monkeypatch, layer, memory_mode, *, expert, capacity_factor, dtype):
         seq_len=24,
         memory_mode=memory_mode,
         dtype=dtype,
-        capacity_factor=capacity_factor,
+        **dispatch,
     )
 
     class Traced(passes.LayerPasses):
@@ -110,8 +121,16 @@ def test_bytes_are_those_of_the_traced_passes_for_every_layer(monkeypatch, name,
     check(monkeypatch, name, memory_mode, case)
 
 
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("memory_mode", ["named", "products", "stash"])
+def test_bytes_of_dispatchers(monkeypatch, memory_mode, way):
+    case = dict(expert=4, dtype="bfloat16", expert_factors=(1, 2, 2)) | way
+    check(monkeypatch, "moe", memory_mode, case)
+
+
 def check(monkeypatch, name, memory_mode, case):
     layer = LAYERS[name]
-    share = Share(sequences=2, seq_len=24, **case)
+    of_share = {field: value for field, value in case.items() if field != "expert_factors"}
+    share = Share(sequences=2, seq_len=24, nodes=case.get("expert_factors", (1, 1))[1], **of_share)
     counted = tuple(count(40, layer, share, memory_mode) for count in (kept_bytes, tap_bytes))
     assert counted == traced(monkeypatch, layer, memory_mode, **case)

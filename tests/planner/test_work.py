@@ -4,6 +4,7 @@ import pytest
 
 from models import cost
 from models.presets import PRESETS, preset
+from piperjax.planner.buffers import Buffers
 from piperjax.planner.work import layer_work
 
 
@@ -57,7 +58,10 @@ def test_tensor_devices_share_features_and_tokens():
 
 def test_static_buffers_are_gone_through_whole():
     config = preset("tiny")
-    exact, static = (work(config, config.layers[-1], expert=4, buffer_rows=rows) for rows in (None, 32_768))
+    exact, static = (
+        work(config, config.layers[-1], expert=4, buffer=rows)
+        for rows in (None, Buffers(32_768, 32_768, 0, False))
+    )
     bytes_of = {s.name: s.forward_bytes for s in static.streams}
     assert bytes_of["experts activation"] == 32_768 * 3 * 256 * 2
     assert {s.name: s.forward_bytes for s in exact.streams}["experts activation"] == 4096 * 2 * 3 * 256 * 2

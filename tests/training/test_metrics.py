@@ -40,6 +40,13 @@ def make_metrics(**changes):
     return StepMetrics(**(values | changes))
 
 
+def test_all_to_all_bytes_by_level_are_in_record_and_line():
+    work = dataclasses.replace(WORK, all_to_all_bytes={"self": 1024.0, "node": 3 * 2.0**20})
+    record = step_record(make_metrics(), step=7, step_seconds=0.5, work=work)
+    assert record["all_to_all_bytes"] == {"self": 1024, "node": 3 * 2**20}
+    assert "all-to-all 1.0 KiB self, 3.0 MiB node" in step_line(record, num_steps=10)
+
+
 def test_record_drawn_out():
     record = step_record(make_metrics(), step=7, step_seconds=0.5, work=WORK)
     record = json.loads(json.dumps(record))

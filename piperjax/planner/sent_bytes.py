@@ -1,0 +1,67 @@
+"""This file is the bytes that expert dispatch moves in a step, by how far they go: a closed form of the plan."""
+
+from collections.abc import Mapping
+
+from models.config import ModelConfig, MoEFFN
+from piperjax.planner.dispatchers import named
+from piperjax.planner.kept import INDEX, SMALL_INDEX, Share
+from piperjax.planner.plan import Plan
+
+# Outermost last: the device itself, others of its node, other nodes of its group, other groups.
+LEVELS = ("self", "local", "node", "group")
+# How often rows go to their experts and back in a forward, and again in the recomputation of a backward.
+TIMES_FORWARD = {"stage": 3, "layer": 2}
+
+
+def dispatch_bytes(model: ModelConfig, plan: Plan, *, dtype: str = "bfloat16") -> Mapping[str, float]:
+    """Bytes of rows that a device sends in a step to itself and over each level, on average over pipe ranks.
+
+    Of the rows that an exchange of P devices moves, those on N nodes of L devices: a flat one sends each to its device;
+    hierarchical ones send all of them inside of the node and all between nodes, halo3 inside twice; once per node, rows
+    between nodes are those that arrive at a node, and those inside what arrives at a device. Levels of nothing are left
+    out. Counts of rows, a few bytes per expert, are not counted.
+    """
+    share, sent = Share.of(plan, dtype), dict.fromkeys(LEVELS, 0.0)
+    if plan.expert == 1:
+        return {}
+    for layer in model.layers:
+        if isinstance(layer.ffn, MoEFFN):
+            for level, num_bytes in _layer_bytes(model.d_model, layer.ffn, plan, share).items():
+                sent[level] += plan.num_microbatches / plan.pipe * num_bytes
+    return {level: num_bytes for level, num_bytes in sent.items() if num_bytes}
+
+
+def _layer_bytes(D: int, ffn: MoEFFN, plan: Plan, share: Share) -> dict[str, float]:
+    """Bytes of all passes of one layer and microbatch."""
+    way, rows, k = named(plan.dispatch), share.buffers(ffn), ffn.experts_per_token
+    forward = TIMES_FORWARD.get(plan.memory_mode, 1)
+    row, ids, gates = D * share.itemsize, 0, 0
+    if way.deduplicates:
+        ids = k * (SMALL_INDEX if ffn.num_experts < 2**15 else INDEX)
+        gates = k * share.wide
+    # Backward sends gradients of results there, and those of rows and gates back.
+    each = forward * (2 * row + ids + gates) + 2 * row + gates
+    if way.algorithm == "flat":
+        return _spread(plan.expert_factors, each * rows.experts, "all")
+    between = each * (rows.of_node if way.deduplicates else rows.experts)
+    inside = each * rows.arrived * (2 if way.algorithm == "halo3" else 1)
+    found = _spread(plan.expert_factors, between, "between")
+    for level, num_bytes in _spread(plan.expert_factors, inside, "inside").items():
+        found[level] += num_bytes
+    return found
+
+
+def _spread(factors: tuple[int, int, int], num_bytes: float, where: str) -> dict[str, float]:
+    """Equal parts to all devices, to those of the node, or to those of the same index in all nodes; by level."""
+    group, node, local = factors
+    if where == "inside":
+        group = node = 1
+    elif where == "between":
+        local = 1
+    part = num_bytes / (group * node * local)
+    return {
+        "self": part,
+        "local": (local - 1) * part,
+        "node": (node - 1) * local * part,
+        "group": (group - 1) * node * local * part,
+    }

@@ -1,0 +1,48 @@
+"""Bytes by level: by hand, and in which the dispatchers differ."""
+
+import pytest
+
+from benchmarks.cases import make_plan, moe_model
+from piperjax.planner.sent_bytes import dispatch_bytes
+
+MODEL = moe_model(num_layers=4, d_model=64, num_experts=16, experts_per_token=4)
+# 8 devices, two groups of two nodes of two; 128 tokens on each, 8 microbatches; two experts on a device.
+FACTORS = dict(expert=8, expert_factors=(2, 2, 2), seq_len=128)
+ROW = 64 * 2
+
+
+def sent(dtype="bfloat16", **options):
+    return dispatch_bytes(MODEL, make_plan(MODEL, **FACTORS | options), dtype=dtype)
+
+
+def test_flat_by_hand():
+    # Two copies of a token at most to a device, six exchanges of 4 layers and 8 microbatches.
+    part = 6 * 4 * 8 * 128 * 2 * ROW
+    assert sent() == {"self": part, "local": part, "node": 2 * part, "group": 4 * part}
+    assert sent(memory_mode="stash")["node"] == 2 * part * 4 / 6
+    assert sent(dtype="float32")["local"] == 2 * part
+    assert sent(dispatch_chunks=4) == sent()
+
+
+def test_once_per_node_by_hand():
+    # Every token to the other node of the group and to the two of the other group, with 4 ids and 4 gates one way.
+    each = 6 * ROW + 2 * 4 * (2 + 4) + 4 * 4
+    found = sent(dispatch="halo2_dedup")
+    assert found["node"] == 4 * 8 * 128 * each
+    assert found["group"] == 2 * found["node"]
+    # Inside a node what came from four nodes goes to both devices.
+    assert found["local"] == 4 * 4 * 8 * 128 * each
+    assert sent(dispatch="halo2_dedup", capacity_factor=1.0)["node"] < found["node"]
+
+
+def test_hierarchy_sends_as_much_between_nodes_and_more_inside():
+    flat, halo2, halo3 = (sent(dispatch=name) for name in ("flat", "halo2", "halo3"))
+    for level in ("node", "group"):
+        assert flat[level] == halo2[level] == halo3[level]
+    assert flat["local"] < halo2["local"] < halo3["local"]
+
+
+def test_pipe_ranks_share_layers_and_one_device_sends_nothing():
+    assert sent(pipe=2)["node"] == pytest.approx(sent()["node"] / 2)
+    assert dispatch_bytes(MODEL, make_plan(MODEL)) == {}
+    assert set(sent(expert=2, expert_factors=(1, 1, 2))) == {"self", "local"}
