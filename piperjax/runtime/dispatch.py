@@ -1,8 +1,7 @@
 """Expert dispatch: rows travel to the devices that hold their experts, and results travel back.
 
 Shapes are static and every permutation is a gather in both directions. This file chooses among the dispatchers;
-what they
-do is in `dispatch_copies` and `dispatch_nodes`.
+what they do is in `dispatch_copies` and `dispatch_nodes`.
 """
 
 import difflib
