@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from models.config import DenseFFN, LayerConfig
+from models.config import DenseFFN, LayerConfig, MoEFFN
 from models.query_blocks import query_block
 from piperjax.planner.kept import Share, attention_widths, tap_bytes
 from piperjax.planner.storage import LayerWeights
@@ -86,6 +86,8 @@ def layer_backward(
     if weights.held == 1 and not splits and not backend.is_widened:  # The slice is all there is.
         copies = 1
     of_weights = copies * (weights.attention + weights.experts) * w
+    if not splits:
+        of_weights += (share.dispatch_chunks - 1) * weights.experts * w
     beside = T * (7 * d_model * w + heads * w)
     up = layer.ffn.num_matrices - 1
     if splits:
@@ -126,9 +128,15 @@ def layer_backward(
 def weight_gradient(
     d_model: int, layer: LayerConfig, weights: LayerWeights, backend: Backend, memory_mode: str
 ) -> Phase:
-    """Weight gradients of one layer from its taps: what it reads, and the gradients."""
-    taps = tap_bytes(d_model, layer, backend.share, memory_mode) * backend.itemsize / backend.share.itemsize
-    return Phase(workspace=taps + weights.total * backend.itemsize)
+    """Weight gradients of one layer from its taps: what it reads, and the gradients; experts' once per chunk."""
+    share, w = backend.share, backend.itemsize
+    taps = tap_bytes(d_model, layer, share, memory_mode) * w / share.itemsize
+    gradients, others = weights.total, share.dispatch_chunks - 1
+    if others and isinstance(layer.ffn, MoEFFN):
+        # All these are prepared before the first loop over experts, so what a turn adds up, an expert's product to its
+        # slice, comes beside them. Of one chunk it comes where taps were, or attention's gradients will be.
+        gradients += others * weights.experts + 2 * (layer.ffn.num_matrices - 1) * d_model * layer.ffn.d_ff
+    return Phase(workspace=taps + gradients * w)
 
 
 def narrow_elements(count, d_model: int, layer: LayerConfig, share: Share, memory_mode: str) -> int:

@@ -90,7 +90,7 @@ def test_predictions_meet_the_bars_beside_what_was_compiled():
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(number, marks=[pytest.mark.slow] if number else []) for number in range(4)]
+    "number", [pytest.param(number, marks=[pytest.mark.slow] if number else []) for number in range(6)]
 )
 def test_steps_of_other_sizes_are_predicted_as_well(number):
     model = benchmark.scaled("mixtral_8x7b", d_model=256, num_layers=2)
@@ -99,6 +99,10 @@ def test_steps_of_other_sizes_are_predicted_as_well(number):
         benchmark.case(model, (2, 1, 4)),
         benchmark.case(benchmark.scaled("arctic", d_model=256), (2, 2, 2)),
         benchmark.case(model, (2, 1, 2), schedule="zb_h1", memory_mode="stash", dtype="float32"),
+        benchmark.case(
+            benchmark.scaled("weak_1_7t", num_layers=8), (4, 1, 2), schedule="zb_v", dispatch_chunks=2
+        ),
+        benchmark.case(model, (2, 2, 2), dispatch_chunks=4),
     ][number]
     error = benchmark.predicted_bytes(case) / benchmark.compiled_bytes(case) - 1
     assert benchmark.UNDER_BAR <= error <= benchmark.OVER_BAR

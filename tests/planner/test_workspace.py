@@ -18,6 +18,12 @@ def backward(kind, *, splits=False, widens=True, dtype="float32", **share):
     return workspace.layer_backward(TINY.d_model, layer, STORED.layers[kind], backend, splits=splits)
 
 
+def weight_gradient(kind, **share):
+    backend = Backend(widens=True, share=Share(**{"sequences": 1, "seq_len": 64, **share}, dtype="float32"))
+    layer = TINY.kinds[kind]
+    return workspace.weight_gradient(TINY.d_model, layer, STORED.layers[kind], backend, "layer")
+
+
 def test_scores_of_attention_are_quadratic_up_to_the_longest_whole_sequence_and_linear_beyond():
     lengths = (256, 512, 1024, 2048, 4096)
     shortest, short, whole, long, longest = (backward("dense", seq_len=S).total for S in lengths)
@@ -32,6 +38,17 @@ def test_rows_of_dispatch_follow_the_devices_that_share_experts():
 
 def test_an_input_gradient_needs_less_than_a_backward():
     assert backward("moe", splits=True).total < backward("moe").total
+
+
+def test_every_chunk_of_the_tokens_has_gradients_of_its_experts():
+    experts = 4 * STORED.layers["moe"].experts
+    for phase in (backward, weight_gradient):
+        two, three, four = (phase("moe", seq_len=240, dispatch_chunks=n).total for n in (2, 3, 4))
+        steps = (three - two, four - three)
+        assert steps == pytest.approx((experts, experts), rel=1e-4)  # And a count for each expert.
+        assert two - phase("moe", seq_len=240).total >= 0.999 * experts
+    assert backward("moe", splits=True, dispatch_chunks=4) == backward("moe", splits=True)
+    assert weight_gradient("dense", dispatch_chunks=4) == weight_gradient("dense")
 
 
 def test_bfloat16_is_widened_on_simulated_devices_only():

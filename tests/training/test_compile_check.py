@@ -49,6 +49,19 @@ def test_memory_is_predicted_closely(comparison):
     assert -0.02 < comparison.memory_error < 0.12
 
 
+@pytest.mark.parametrize("schedule", ["zb_h1", pytest.param("one_f_one_b", marks=pytest.mark.slow)])
+def test_tokens_that_travel_in_chunks_are_predicted_closely(schedule):
+    executor = make_executor(
+        moe_model(num_layers=2, d_ff=256), pipe=2, expert=2, num_microbatches=4, microbatch_size=2,
+        seq_len=128, schedule=schedule, dispatch_chunks=2, capacity_factor=1.25,
+    )  # fmt: skip
+    config = TrainConfig(model=executor.config, out="unused", dtype=executor.dtype)
+    found = compile_check.compare(executor, compile_check.compile_step(executor, config)[0], with_work=True)
+    # The loops of one chunk walk over its rows alone.
+    assert found.predicted_flop == pytest.approx(found.work.flop, rel=0.01)
+    assert -0.02 < found.memory_error < 0.12
+
+
 def test_what_is_printed_says_both(comparison):
     assert "predicted" in comparison.line() and "compiled" in comparison.line()
     table = "\n".join(comparison.lines())
