@@ -14,6 +14,7 @@ from pathlib import Path
 from meshes.mesh import simulate_devices
 from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig
 from models.presets import preset
+from piperjax.planner.dispatchers import Way
 from piperjax.planner.memory import estimate_memory
 from piperjax.planner.plan import Plan
 from piperjax.schedules import registry
@@ -45,6 +46,7 @@ class Case:
             plan.vocabulary,
             "overlap" if plan.overlap else "",
             f"{plan.capacity_factor:g}" if plan.capacity_factor else "dropless",
+            str(Way(plan.dispatch, plan.dispatch_chunks)),
             f"{plan.num_microbatches}x{plan.microbatch_size // (plan.data * plan.expert)}x{plan.seq_len}",
             self.dtype,
         )
@@ -60,7 +62,7 @@ COLUMNS = (
         "vocabulary",
         "overlap",
     ),
-    *("capacity", "microbatches x sequences x length", "dtype"),
+    *("capacity", "dispatch", "microbatches x sequences x length", "dtype"),
 )
 NUMBERS = ("compiled_bytes", "predicted_bytes", "error")
 
@@ -107,6 +109,7 @@ def scaled(
 def case(model: ModelConfig, mesh: tuple[int, int, int] = (1, 1, 1), **options) -> Case:
     """A case from a mesh (pipe, data, expert) and whatever differs from the usual."""
     pipe, data, expert = mesh
+    factors = options.pop("expert_factors", (1, 1, expert))
     dtype, sequences = options.pop("dtype", "bfloat16"), options.pop("sequences", 2)
     schedule = registry.canonical(options.pop("schedule", "one_f_one_b"))
     num_microbatches = options.pop("num_microbatches", 2 * pipe if pipe > 1 else 4)
@@ -117,7 +120,7 @@ def case(model: ModelConfig, mesh: tuple[int, int, int] = (1, 1, 1), **options) 
         pipe=pipe,
         data=data,
         expert=expert,
-        expert_factors=(1, 1, expert),
+        expert_factors=factors,
         schedule=schedule,
         num_microbatches=num_microbatches,
         layers_per_stage=options.pop("layers_per_stage", default_stages),
@@ -141,6 +144,7 @@ def cases() -> Iterator[Case]:
         yield case(scaled("weak_1_7t"), (2, 1, 2), schedule="zb_h1", memory_mode=memory_mode)
     yield from _families()
     yield from _meshes()
+    yield from _dispatchers()
 
 
 def _families() -> Iterator[Case]:
@@ -175,6 +179,24 @@ def _meshes() -> Iterator[Case]:
     yield case(weak, (2, 1, 4), capacity_factor=1.0, sequences=8, dtype="float32")
     yield case(weak, (4, 1, 2), overlap=True, num_microbatches=16)
     yield case(mixtral, (2, 1, 2), overlap=True, dtype="float32")
+
+
+def _dispatchers() -> Iterator[Case]:
+    """Dispatchers, between two nodes of four devices or four of two, and chunks."""
+    deepseek, mixtral = scaled("deepseek_moe_16b", num_experts=16), scaled("mixtral_8x7b")
+    eight = dict(expert_factors=(1, 2, 4), sequences=4)
+    yield case(deepseek, (1, 1, 8), dispatch="halo2", **eight)
+    yield case(deepseek, (1, 1, 8), dispatch="halo3", expert_factors=(1, 4, 2), dtype="float32")
+    for dtype in ("float32", "bfloat16"):
+        yield case(deepseek, (1, 1, 8), dispatch="halo2_dedup", dtype=dtype, **eight)
+        yield case(mixtral, (2, 1, 4), dispatch="halo2_dedup", expert_factors=(1, 2, 2), dtype=dtype)
+    yield case(deepseek, (1, 1, 8), dispatch="halo2_dedup", dispatch_chunks=4, **eight)
+    yield case(deepseek, (1, 1, 8), dispatch="flat", dispatch_chunks=2, dtype="float32", **eight)
+    limited = dict(dispatch="halo2_dedup", capacity_factor=1.25)
+    yield case(deepseek, (1, 1, 8), **limited, **eight)
+    yield case(deepseek, (1, 1, 8), **limited, dtype="float32", dispatch_chunks=2, **eight)
+    for memory_mode in ("named", "products", "stash"):
+        yield case(deepseek, (1, 1, 8), dispatch="halo2_dedup", memory_mode=memory_mode, **eight)
 
 
 def compiled_bytes(one: Case) -> int:

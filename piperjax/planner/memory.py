@@ -249,14 +249,15 @@ def _largest_phase(
     if layout.overlap:  # A backward's slot is read before its loop.
         of_stage += lasting.stash / ceil(layout.slots.stash)
     found = [workspace.head(model.d_model, rows, compiler)]
+    early = 0.0  # What layers before this kind leave that are alone of theirs and whose forward runs again.
     for kind, layer in kinds_of(model):
         of = stored.layers[kind]
         before_layers, before_weights = _converted(model, kind, layout, stored, compiler)
         phase = workspace.layer_backward(model.d_model, layer, of, compiler, splits=layout.splits)
-        # With overlap, the slice of the weights of a layer whose forward runs. Where nothing is in a branch, loops over
-        # layers of several kinds, one after the other, leave gaps as large.
-        again = (layout.overlap and of.held > 1) or (layout.is_straight and len(stored.layers) > 1)
-        found.append(phase.beside(before_layers + of_stage + again * of.total * compiler.itemsize))
+        again = layout.overlap and of.held > 1  # The slice of the weights of a layer whose forward runs.
+        found.append(phase.beside(before_layers + of_stage + early + again * of.total * compiler.itemsize))
+        if layout.is_straight and of.held == 1 and layout.memory_mode != "stash":
+            early += workspace.recomputed_early(model.d_model, layer, of, compiler)
         if layout.splits:
             phase = workspace.weight_gradient(model.d_model, layer, of, compiler, layout.memory_mode)
             found.append(phase.beside(before_weights))

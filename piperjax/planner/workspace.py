@@ -125,6 +125,25 @@ def layer_backward(
 
 
 @lru_cache(maxsize=8192)
+def recomputed_early(d_model: int, layer: LayerConfig, weights: LayerWeights, backend: Backend) -> float:
+    """Bytes that wait for the backward of a layer that is alone of its kind, while later layers have theirs.
+
+    A loop of one turn is no loop: the forward that runs again does not depend on the gradient that its backward waits
+    for, and XLA runs it before the loops over later layers. So its intermediate results, weights of the softmax and the
+    slice of the weights of attention are there beside these; of a MoE layer, what attention leaves is counted.
+    """
+    share, w = backend.share, backend.itemsize
+    widths = attention_widths(layer.attention)
+    heads = widths.query + widths.key + widths.value + widths.output
+    waits = share.tokens * (7 * d_model + heads) * w + weights.attention * w
+    if query_block(share.seq_len) == share.seq_len:
+        waits += share.sequences * layer.attention.num_heads * share.seq_len**2 * share.wide
+    if isinstance(layer.ffn, DenseFFN):
+        waits += share.tokens * layer.ffn.d_ff * w * (layer.ffn.num_matrices + 1)
+    return waits
+
+
+@lru_cache(maxsize=8192)
 def weight_gradient(
     d_model: int, layer: LayerConfig, weights: LayerWeights, backend: Backend, memory_mode: str
 ) -> Phase:
