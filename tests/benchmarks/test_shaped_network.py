@@ -111,7 +111,8 @@ def test_an_interrupt_removes_everything(stop, tmp_path):
 
 def test_only_what_dead_processes_left_is_stale(tmp_path):
     machine, alive = Machine(), os.getppid()
-    zombie = os.spawnlp(os.P_NOWAIT, "true", "true")
+    process = subprocess.Popen(["true"])
+    zombie = process.pid
     os.waitid(os.P_PID, zombie, os.WEXITED | os.WNOWAIT)
     machine.namespaces = [f"pj{GONE}n0", f"pj{zombie}n0", f"pj{alive}n0", "mine", "pjx"]
     machine.links += [f"pj{GONE}b", f"pj{GONE}v0", f"pj{alive}b", "pjxb"]
@@ -119,7 +120,7 @@ def test_only_what_dead_processes_left_is_stale(tmp_path):
     remove_stale(run=machine, hosts=tmp_path)
     assert machine.namespaces == [f"pj{alive}n0", "mine", "pjx"]
     assert machine.links == ["lo", f"pj{alive}b", "pjxb"]
-    os.waitpid(zombie, 0)
+    process.wait()
 
 
 def test_an_owner_removes_nothing_of_another_whose_number_begins_alike(tmp_path):
