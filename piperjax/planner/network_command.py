@@ -2,11 +2,11 @@
 
 import argparse
 import re
-from pathlib import Path
 
 from meshes.platform import Platform, known_platforms, load_platform
 from piperjax.planner.network_chart import speedup_chart
 from piperjax.planner.network_table import report, table_row
+from piperjax.planner.text_file import write_text
 
 ALPHA_FACTORS = (0.25, 1.0, 4.0)
 
@@ -65,18 +65,9 @@ def main(args: argparse.Namespace) -> int:
     rows = [table_row(platform, size, n, alphas, experts=experts) for size in sizes for n in nodes]
     print(report(platform, rows, alphas))
     if args.svg:
-        _write(args.svg, speedup_chart(platform, rows, alphas))
+        write_text(args.svg, speedup_chart(platform, rows, alphas))
         print(f"\nwrote {args.svg}")
     return 0
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {path}: {error.strerror}; give a file in an existing folder"
-        ) from None
 
 
 def _alphas(platform: Platform, text: str | None) -> list[float]:

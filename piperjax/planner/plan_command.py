@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from meshes.platform import load_platform
@@ -15,6 +14,7 @@ from piperjax.planner.network import DISPATCHERS, EXECUTABLE
 from piperjax.planner.remedies import USUAL_CAPACITY_FACTOR
 from piperjax.planner.report_page import html_page
 from piperjax.planner.search import KEPT, SearchResult, answer
+from piperjax.planner.text_file import write_text
 
 DEFAULT_SEQ_LEN = 4096
 # Of the batch, where none is given: what a device gets per step, and what a step has at most. DeepSeek-V3 was trained
@@ -244,10 +244,5 @@ def _text(args: argparse.Namespace, result: SearchResult, explanations: list) ->
 
 
 def _write(path: str, text: str, what: str) -> str:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {path}: {error.strerror}; give a file in an existing folder"
-        ) from None
+    write_text(path, text)
     return f"\nwrote {what}: {path}"
