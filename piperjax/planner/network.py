@@ -83,19 +83,16 @@ def dispatch_stages(
     """
     way, load = named(dispatcher), _Load(expert_factors, tokens, num_experts, experts_per_token)
     nothing = Transfer(seconds=0.0)
-    if way.deduplicates and way.algorithm == "halo2":
-        nodes, devices = load.reached()
-        per_node = load.static_rows(nodes, load.num_nodes, tokens, capacity_factor)
-        per_device = load.static_rows(devices, load.num_devices, tokens, capacity_factor)
-        return Stages(
-            between_nodes(platform, expert_factors, load.num_nodes * per_node * row_bytes),
-            inside_nodes(platform, expert_factors, load.num_devices * per_device * row_bytes),
-        )
     if way.deduplicates:
         nodes, devices = load.reached()
         per_node = load.static_rows(nodes, load.num_nodes, tokens, capacity_factor) * row_bytes
         per_device = load.static_rows(devices, load.num_devices, tokens, capacity_factor) * row_bytes
-        return Stages(_once_per_node(platform, way, load, per_node, per_device), nothing)
+        if way.algorithm != "halo2":
+            return Stages(_once_per_node(platform, way, load, per_node, per_device), nothing)
+        return Stages(
+            between_nodes(platform, expert_factors, load.num_nodes * per_node),
+            inside_nodes(platform, expert_factors, load.num_devices * per_device),
+        )
     most = tokens * min(experts_per_token, num_experts // load.num_devices)
     rows = load.num_devices * load.static_rows(experts_per_token, load.num_devices, most, capacity_factor)
     if way.algorithm == "halo2":
