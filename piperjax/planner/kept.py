@@ -6,6 +6,7 @@ layer: it is counted as the same passes would keep it.
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
 from models.config import DenseFFN, GroupedQueryAttention, LatentAttention, LayerConfig, MoEFFN
@@ -147,10 +148,22 @@ def _named(D: int, ffn: MoEFFN, share: Share) -> int:
 def _arrived(D: int, ffn: MoEFFN, share: Share) -> int:
     """Rows that came once per node, with the ids and gates of their experts; ids of those that a node chose from."""
     rows, k = share.buffers(ffn), ffn.experts_per_token
-    ids = k * (SMALL_INDEX if ffn.num_experts < 2**15 else INDEX)
+    ids = k * index_bytes(ffn)
     return rows.arrived * (D * share.itemsize + ids + k * share.wide) + (
         rows.of_node * ids if share.capacity_factor else 0
     )
+
+
+def index_bytes(ffn: MoEFFN) -> int:
+    """Bytes of the id of an expert that travels."""
+    return SMALL_INDEX if ffn.num_experts < 2**15 else INDEX
+
+
+def message_bytes(D: int, ffn: MoEFFN, share: Share, *, ids: bool = True) -> int:
+    """Bytes of a row that travels with its gates, and the ids of its experts, all in words as wide as its elements."""
+    k, word = ffn.experts_per_token, share.itemsize
+    beside = [k * share.wide] + [k * index_bytes(ffn)] * ids
+    return D * word + sum(word * ceil(num_bytes / word) for num_bytes in beside)
 
 
 def _products(D: int, layer: LayerConfig, share: Share) -> int:
@@ -164,7 +177,9 @@ def _products(D: int, layer: LayerConfig, share: Share) -> int:
     R, chunks = share.rows(ffn), share.dispatch_chunks
     rows = R * w * (D + first * ffn.d_ff)
     if share.deduplicates:
-        rows += _arrived(D, ffn, share)
+        # Messages as they came, at a device, and at a node that chooses among them.
+        of = share.buffers(ffn)
+        rows += (of.arrived + (of.of_node if share.capacity_factor else 0)) * message_bytes(D, ffn, share)
     else:
         router += T * k * INDEX
         if share.expert > 1:
@@ -263,10 +278,10 @@ def tap_bytes(d_model: int, layer: LayerConfig, share: Share, memory_mode: str) 
     if isinstance(ffn, DenseFFN):
         return attention + widened + T * w * _ffn_taps(D, ffn.d_ff, ffn.num_matrices, hidden)
     first, R, chunks = ffn.num_matrices - 1, share.rows(ffn), share.dispatch_chunks
-    inputs, indices = _inputs_by_products(ffn, share) if by_products else (R, 0)
+    inputs, indices = _inputs_by_products(D, ffn, share) if by_products else (R * D, 0)
     counts = INDEX * ffn.num_experts // share.expert * chunks + INDEX * indices
     factors = 2 if memory_mode == "products" or (memory_mode == "named" and not share.deduplicates) else 1
-    rows = w * (R * (factors + first) * ffn.d_ff + (R + inputs) * D)
+    rows = w * (R * (factors + first) * ffn.d_ff + R * D + inputs)
     beside = 0
     if ffn.shared_d_ff:
         gated = ffn.shared_gate == "sigmoid" and not by_products
@@ -278,17 +293,17 @@ def tap_bytes(d_model: int, layer: LayerConfig, share: Share, memory_mode: str) 
     return attention + rows + counts + beside
 
 
-def _inputs_by_products(ffn: MoEFFN, share: Share) -> tuple[int, int]:
-    """Rows from which a weight gradient makes the inputs of experts, and indices for that."""
+def _inputs_by_products(D: int, ffn: MoEFFN, share: Share) -> tuple[int, int]:
+    """Elements from which a weight gradient makes the inputs of experts, and indices for that."""
     T, of, chunks = share.tokens, share.buffers(ffn), share.dispatch_chunks
     R = of.experts
     if share.expert == 1:
-        return T, R
+        return T * D, R
     if share.deduplicates:
-        return of.arrived, R
+        return of.arrived * message_bytes(D, ffn, share) // share.itemsize, R
     if share.dispatch == "halo3":
-        return T, 2 * R
-    return (R, R) if chunks == 1 else (T + R + R // chunks, R + R // chunks)
+        return T * D, 2 * R
+    return (R * D, R) if chunks == 1 else ((T + R + R // chunks) * D, R + R // chunks)
 
 
 def _ffn_taps(d_model: int, d_ff: int, num_matrices: int, hidden: int) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from models.config import ModelConfig, MoEFFN
 from piperjax.planner.dispatchers import named
-from piperjax.planner.kept import INDEX, SMALL_INDEX, Share
+from piperjax.planner.kept import Share, message_bytes
 from piperjax.planner.plan import Plan
 
 # Outermost last: the device itself, others of its node, other nodes of its group, other groups.
@@ -33,14 +33,13 @@ def dispatch_bytes(model: ModelConfig, plan: Plan, *, dtype: str = "bfloat16") -
 
 def _layer_bytes(D: int, ffn: MoEFFN, plan: Plan, share: Share) -> dict[str, float]:
     """Bytes of all passes of one layer and microbatch."""
-    way, rows, k = named(plan.dispatch), share.buffers(ffn), ffn.experts_per_token
+    way, rows = named(plan.dispatch), share.buffers(ffn)
     forward = TIMES_FORWARD.get(plan.memory_mode, 1)
-    row, ids, gates = D * share.itemsize, 0, 0
+    row, there, back = (D * share.itemsize,) * 3
     if way.deduplicates:
-        ids = k * (SMALL_INDEX if ffn.num_experts < 2**15 else INDEX)
-        gates = k * share.wide
-    # Backward sends gradients of results there, and those of rows and gates back.
-    each = forward * (2 * row + ids + gates) + 2 * row + gates
+        there, back = (message_bytes(D, ffn, share, ids=ids) for ids in (True, False))
+    # Results return as rows. Backward sends their gradients there, and those of rows and gates back.
+    each = forward * (there + row) + row + back
     if way.algorithm == "flat":
         return _spread(plan.expert_factors, each * rows.experts, "all")
     between = each * (rows.of_node if way.deduplicates else rows.experts)

@@ -3,10 +3,10 @@
     tokens [T, D] -to nodes-> [N T, D] -inside-> [P T, D] -spread-> grouped by expert -experts->
     -sum of a device-> [P T, D] -inside, sum of a node-> [N T, D] -to the token, sum-> [T, D]
 
-Experts' ids and gates travel with the rows, as sums are formed where the experts are: in float32, rounded once for
-each journey. Dropless buffers hold the worst case: all T tokens may go to any node, and inside to any device. Nothing
-is packed for that: what moves those rows is an all_gather. (N - 1) T of them cross to other nodes, and as many back,
-whatever the routing. With a capacity factor, rows are packed (`dispatch_nodes_limited`).
+Experts' ids and gates travel with the rows, in one message (`message`), as sums are formed where the experts are: in
+float32, rounded once for each journey. Dropless buffers hold the worst case: all T tokens may go to any node, and
+inside to any device. Nothing is packed for that: what moves those rows is an all_gather. (N - 1) T of them cross to
+other nodes, and as many back, whatever the routing. With a capacity factor, rows are packed (`dispatch_nodes_limited`).
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from piperjax.runtime import dispatch_nodes_limited as limited
 from piperjax.runtime.all_to_all import split_axes
-from piperjax.runtime.dispatch_nodes_limited import Rows
 from piperjax.runtime.dispatcher import DISPATCHED, Dispatcher, ExpertFFN, Sharing
-from piperjax.runtime.fan import fan_in, fan_out, fan_out_whole_numbers
+from piperjax.runtime.fan import fan_in, fan_out
 from piperjax.runtime.group_rows import group_by_expert
+from piperjax.runtime.message import Rows
 from piperjax.runtime.permute import combine_sparse_rows, spread_rows
 from piperjax.runtime.varying import vary_like
 
@@ -47,17 +47,12 @@ class Hops(NamedTuple):
 def _to_all_nodes(rows: Rows, sharing: Sharing) -> tuple[Rows, None, jax.Array]:
     nodes, _ = split_axes(sharing.axes)
     dropped = vary_like(jnp.zeros((), jnp.float32), rows.x)
-    return _fanned_out(rows, nodes), None, dropped
+    return fan_out(rows, nodes), None, dropped
 
 
 def _to_all_devices(rows: Rows, sharing: Sharing) -> tuple[Rows, None]:
     _, local = split_axes(sharing.axes)
-    return _fanned_out(rows, local), None
-
-
-def _fanned_out(rows: Rows, axes: tuple[str, ...]) -> Rows:
-    ids = fan_out_whole_numbers(rows.expert_ids, axes)
-    return Rows(fan_out(rows.x, axes), ids, fan_out(rows.gates, axes))
+    return fan_out(rows, local), None
 
 
 WHOLE = Hops(

@@ -17,22 +17,9 @@ from piperjax.planner.routing import expected_nodes
 from piperjax.runtime.all_to_all import FLAT, split_axes
 from piperjax.runtime.dispatcher import Sharing
 from piperjax.runtime.group_rows import count_by_group, fill_bins, has_group
+from piperjax.runtime.message import Rows, exchange
 from piperjax.runtime.permute import Places, collect_rows, spread_rows, take
 from piperjax.runtime.varying import vary_like
-
-
-class Rows(NamedTuple):
-    """Per device: M rows on their way.
-
-    Attributes:
-      x: [M, D].
-      expert_ids: [M, k]; E for none.
-      gates: [M, k].
-    """
-
-    x: jax.Array
-    expert_ids: jax.Array
-    gates: jax.Array
 
 
 class Limits(NamedTuple):
@@ -104,8 +91,8 @@ def from_nodes(sums: jax.Array, where: Places, sharing: Sharing) -> jax.Array:
 def _sent(rows: Rows, where: Places, axes: tuple[str, ...], sharing: Sharing) -> Rows:
     row = where.copies // where.places.shape[1]
     ids = jnp.where(where.live[:, None], take(rows.expert_ids, row), sharing.num_experts)
-    parts = (spread_rows(rows.x, where), ids.astype(rows.expert_ids.dtype), spread_rows(rows.gates, where))
-    return Rows(*(FLAT.move(part, axes) for part in parts))
+    rows = Rows(spread_rows(rows.x, where), ids.astype(rows.expert_ids.dtype), spread_rows(rows.gates, where))
+    return exchange(rows, axes)
 
 
 def _returned(sums: jax.Array, where: Places, axes: tuple[str, ...]) -> jax.Array:

@@ -1,5 +1,6 @@
 """Rows to all devices of an axis and sums back: each is the transpose of the other."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -7,16 +8,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from piperjax.runtime.all_to_all import axes_size
+from piperjax.runtime.message import Part, Rows, carried, pack, unpack
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def fan_out(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Per device: the rows [M, ...] of all n devices along the axes, [n M, ...]."""
-    return fan_out_whole_numbers(x, axes)
+def fan_out(rows: Rows, axes: tuple[str, ...]) -> Rows:
+    """Per device: the rows [M, ...] of all n devices along the axes, [n M, ...], by one all_gather."""
+    return _out(rows, axes)
 
 
-def fan_out_whole_numbers(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """`fan_out` of what has no gradient, and without one of its own, so that memory modes can see what it does."""
+def _out(rows: Rows, axes: tuple[str, ...]) -> Rows:
+    return Rows(*carried(partial(_gathered, axes=axes), rows)) if axes else rows
+
+
+def _gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return lax.all_gather(x, axes, tiled=True) if axes else x
 
 
@@ -27,18 +32,33 @@ def fan_in(y: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     Adds in at least float32 what travels in the dtype of y, once and directly: a reduce_scatter would round sums to
     that dtype at every hop, and in an order of its own.
     """
-    return _in(y, axes)
+    return _in((y,), axes)[0]
 
 
-def _in(y: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def _in(arrays: Sequence[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:
+    """`fan_in` of arrays that travel in one message."""
     if not axes:
-        return y
-    parts = lax.all_to_all(y, axes, 0, 0, tiled=True)
-    parts = parts.reshape(axes_size(axes), -1, *y.shape[1:])
-    wide = jnp.promote_types(y.dtype, jnp.float32)
-    return sum(part.astype(wide) for part in parts).astype(y.dtype)
+        return list(arrays)
+    kinds = [Part.of(array) for array in arrays]
+    # Nothing is cast that is alone in its message.
+    alone = len(arrays) == 1
+    received = lax.all_to_all(arrays[0] if alone else pack(arrays), axes, 0, 0, tiled=True)
+    parts = jnp.split(received, axes_size(axes))
+    sent = [[part] if alone else unpack(part, kinds) for part in parts]
+    return [_sum(terms) for terms in zip(*sent, strict=True)]
 
 
-# The transpose of an all_gather is a reduce_scatter, for which the reservations above hold.
-fan_out.defvjp(lambda x, axes: (fan_out_whole_numbers(x, axes), None), lambda axes, _, dy: (_in(dy, axes),))
-fan_in.defvjp(lambda y, axes: (_in(y, axes), None), lambda axes, _, dx: (fan_out_whole_numbers(dx, axes),))
+def _sum(terms: Sequence[jax.Array]) -> jax.Array:
+    wide = jnp.promote_types(terms[0].dtype, jnp.float32)
+    return sum(term.astype(wide) for term in terms).astype(terms[0].dtype)
+
+
+def _fan_out_backward(axes, _, gradient):
+    # The transpose of an all_gather is a reduce_scatter, for which the reservations of `fan_in` hold.
+    dx, _, dgates = gradient
+    dx, dgates = _in((dx, dgates), axes)
+    return (Rows(dx, None, dgates),)
+
+
+fan_out.defvjp(lambda rows, axes: (_out(rows, axes), None), _fan_out_backward)
+fan_in.defvjp(lambda y, axes: (_in((y,), axes)[0], None), lambda axes, _, dx: (_gathered(dx, axes),))

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.dispatch_cases import Case, D, check, masked_multiply
+from benchmarks.dispatch_cases import Case, check, masked_multiply
 from meshes.axes import BATCH, EXPERT
 from piperjax.runtime.dispatch import DISPATCHERS, make_experts
 from piperjax.runtime.grouped_matmul import grouped_matmul
@@ -52,9 +52,7 @@ def products_before(equations):
         if name == "multiply":
             waits, counted = waits | {counted}, counted + 1
         elif name in ("all_gather", "all_to_all") and "expert_node" in equation.params["axis_name"]:
-            (operand,) = equation.invars
-            if operand.aval.shape[-1] == D:
-                found.append((name, waits))
+            found.append((name, waits))
         before |= dict.fromkeys(equation.outvars, waits)
     return found
 

@@ -8,6 +8,7 @@ import pytest
 from meshes.axes import BATCH
 from meshes.mesh import build_mesh
 from piperjax.runtime.fan import fan_in, fan_out
+from piperjax.runtime.message import Rows
 
 M, D, NODES = 3, 2, ("expert_group", "expert_node")
 
@@ -19,23 +20,40 @@ def per_device(function):
 
 @pytest.mark.parametrize("axes", [NODES, ("expert_local",)])
 def test_out_and_in_are_transposes(axes):
-    n = 4 if axes == NODES else 2
+    n, k = 4 if axes == NODES else 2, 3
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(8 * M, D)).astype(np.float32), rng.normal(size=(8 * n * M, D)).astype(np.float32)
+    gates, dgates = (rng.normal(size=(8 * m * M, k)).astype(np.float32) for m in (1, n))
+    ids = rng.integers(0, 9, (8 * M, k)).astype(np.int16)
 
-    def run(x, y):
-        wide, out_gradient = jax.vjp(lambda x: fan_out(x, axes), x)
+    def run(x, ids, gates, y, dgates):
+        def out(x, gates):
+            rows = fan_out(Rows(x, ids, gates), axes)
+            return (rows.x, rows.gates), rows.expert_ids
+
+        wide, out_gradient, wide_ids = jax.vjp(out, x, gates, has_aux=True)
         narrow, in_gradient = jax.vjp(lambda y: fan_in(y, axes), y)
-        return wide, narrow, *out_gradient(y), *in_gradient(x)
+        return *wide, wide_ids, narrow, *out_gradient((y, dgates)), *in_gradient(x)
 
-    wide, narrow, out_gradient, in_gradient = per_device(run)(x, y)
+    found = per_device(run)(x, ids, gates, y, dgates)
+    wide, wide_gates, wide_ids, narrow, out_gradient, gates_gradient, in_gradient = map(np.asarray, found)
     # Devices along `axes` come first in `members`: of all nodes with one local index, or of one node.
     members = np.arange(8).reshape(4, 2).T if axes == NODES else np.arange(8).reshape(4, 2)
-    rows, sums = x.reshape(8, M, D), y.reshape(8, n, M, D)
+    sums = y.reshape(8, n, M, D)
     for group in members:
         for place, device in enumerate(group):
-            np.testing.assert_array_equal(wide.reshape(8, n, M, D)[device], rows[group])
+            for out, rows in ((wide, x), (wide_gates, gates), (wide_ids, ids)):
+                width = rows.shape[1]
+                np.testing.assert_array_equal(
+                    out.reshape(8, n, M, width)[device], rows.reshape(8, M, width)[group]
+                )
             np.testing.assert_allclose(narrow.reshape(8, M, D)[device], sums[group, place].sum(0), rtol=1e-6)
+            np.testing.assert_allclose(
+                gates_gradient.reshape(8, M, k)[device],
+                dgates.reshape(8, n, M, k)[group, place].sum(0),
+                rtol=1e-5,
+                atol=1e-6,
+            )
     np.testing.assert_array_equal(in_gradient, wide)
     np.testing.assert_array_equal(out_gradient, narrow)
 
@@ -50,5 +68,6 @@ def test_sums_are_formed_in_float32():
 
 def test_without_axes_nothing_happens():
     x = np.ones((M, D), np.float32)
-    np.testing.assert_array_equal(fan_out(x, ()), x)
+    rows = Rows(x, np.ones((M, 1), np.int16), np.ones((M, 1), np.float32))
+    jax.tree.map(np.testing.assert_array_equal, fan_out(rows, ()), rows)
     np.testing.assert_array_equal(fan_in(x, ()), x)
