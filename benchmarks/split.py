@@ -64,11 +64,11 @@ def matmul_flop(config: ModelConfig, mode: str, *, num_tokens: int) -> tuple[flo
             passes, weights, surroundings = passes_of(config, mode, x)
             scale = vary(jnp.ones((), jnp.float32))
             if which == "weight_gradient":
-                results = passes.weight_gradient(weights, _like(passes.taps, stand_ins), surroundings)
+                call = passes.weight_gradient(weights, _like(passes.taps, stand_ins), surroundings)
             else:
                 kept = _like(passes.kept, stand_ins)
-                results = getattr(passes, which)(weights, kept, surroundings, vary(gradient), scale)
-            return [leaf[None] for leaf in jax.tree.leaves(results)]
+                call = getattr(passes, which)(weights, kept, surroundings, vary(gradient), scale)
+            return [leaf[None] for leaf in jax.tree.leaves(call())]
 
         mapped = jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P(AXES), check_vma=True)
         compiled = jax.jit(mapped).lower(x, x, jnp.zeros(())).compile()

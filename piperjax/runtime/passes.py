@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from models import transformer
 from models.layers import LayerContext
 from piperjax.runtime.dispatcher import COMBINED, DISPATCHED
+from piperjax.runtime.interleave import Call
 from piperjax.runtime.program import is_variable, trace
 from piperjax.runtime.varying import vary
 
@@ -89,7 +90,7 @@ class Result(NamedTuple):
 
 
 class LayerPasses:
-    """Per device: the passes of the layers of one kind.
+    """Per device: the passes of the layers of one kind, as calls that have not run yet.
 
     Weight gradients are lists in the order of `jax.tree.leaves(weights)`. The gradients of norms, biases and
     routers, which are cheap, belong to the input gradient; the others to the weight gradient.
@@ -194,36 +195,46 @@ class LayerPasses:
         self._input_gradient = program.cut(program.inputs, (x_grad, *now, *taps))
         self._weight_gradient = program.cut((*taps, *free), later)
 
-    def forward(
-        self, weights: dict, x: jax.Array, surroundings: Surroundings
-    ) -> tuple[Result, list[jax.Array]]:
-        """Result of the layer on `x` [B, S, D], and what it keeps."""
-        values = self._forward(*jax.tree.leaves(weights), x, *surroundings)
-        return Result(*values[:4]), values[4:]
+    def forward(self, weights: dict, x: jax.Array, surroundings: Surroundings) -> Call:
+        """The `Result` of the layer on `x` [B, S, D], and a list of what it keeps."""
+        leaves = jax.tree.leaves(weights)
+        return Call(
+            self._forward,
+            (*leaves, x, *surroundings),
+            len(leaves),
+            lambda values: (Result(*values[:4]), values[4:]),
+        )
 
     def backward(
         self, weights: dict, kept: list, surroundings: Surroundings, gradient: jax.Array, aux_gradient
-    ) -> tuple[jax.Array, list]:
-        """Gradient of the input and of all weights."""
-        values = self._backward(*kept, *jax.tree.leaves(weights), *surroundings, gradient, aux_gradient)
-        return values[0], values[1:]
+    ) -> Call:
+        """Gradient of the input, and a list of those of all weights."""
+        values = (*kept, *jax.tree.leaves(weights), *surroundings, gradient, aux_gradient)
+        return Call(self._backward, values, len(values) - 2, lambda values: (values[0], values[1:]))
 
     def input_gradient(
         self, weights: dict, kept: list, surroundings: Surroundings, gradient: jax.Array, aux_gradient
-    ) -> tuple[jax.Array, list, list]:
+    ) -> Call:
         """Gradient of the input, gradients of small weights (None for others), taps."""
-        x_grad, *values = self._input_gradient(
-            *kept, *jax.tree.leaves(weights), *surroundings, gradient, aux_gradient
-        )
-        num_now = self._is_later.count(False)
-        now = iter(values[:num_now])
-        grads = [None if is_later else next(now) for is_later in self._is_later]
-        return x_grad, grads, values[num_now:]
 
-    def weight_gradient(self, weights: dict, taps: list, surroundings: Surroundings) -> list:
+        def finish(values):
+            x_grad, *values = values
+            num_now = self._is_later.count(False)
+            now = iter(values[:num_now])
+            grads = [None if is_later else next(now) for is_later in self._is_later]
+            return x_grad, grads, values[num_now:]
+
+        values = (*kept, *jax.tree.leaves(weights), *surroundings, gradient, aux_gradient)
+        return Call(self._input_gradient, values, len(values) - 2, finish)
+
+    def weight_gradient(self, weights: dict, taps: list, surroundings: Surroundings) -> Call:
         """Gradients of the weights that `input_gradient` left (None for others)."""
-        later = iter(self._weight_gradient(*taps, *jax.tree.leaves(weights), *surroundings))
-        return [next(later) if is_later else None for is_later in self._is_later]
+
+        def finish(values):
+            later = iter(values)
+            return [next(later) if is_later else None for is_later in self._is_later]
+
+        return Call(self._weight_gradient, (*taps, *jax.tree.leaves(weights), *surroundings), 0, finish)
 
 
 def _shapes(variables) -> tuple[jax.ShapeDtypeStruct, ...]:

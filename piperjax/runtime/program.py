@@ -40,9 +40,21 @@ class Program:
 
     def __call__(self, *values: jax.Array) -> list[jax.Array]:
         """Values of the outputs."""
-        known = self.constants | dict(zip(self.inputs, values, strict=True))
-        for equation in self.equations:
+        known = self.bound(*values)
+        self.run(self.equations, known)
+        return self.values_of(known)
+
+    def bound(self, *values: jax.Array) -> dict[Var, jax.Array]:
+        """What is known before any equation has run."""
+        return self.constants | dict(zip(self.inputs, values, strict=True))
+
+    def run(self, equations: Iterable, known: dict[Var, jax.Array]) -> None:
+        """Adds the results of some of the equations to what is known."""
+        for equation in equations:
             _run(equation, known)
+
+    def values_of(self, known: dict[Var, jax.Array]) -> list[jax.Array]:
+        """Values of the outputs, once all equations have run."""
         return [_value(output, known) for output in self.outputs]
 
     def cut(self, inputs: Iterable[Var], outputs: Sequence) -> "Program":

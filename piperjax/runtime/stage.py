@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from piperjax.runtime import slots
+from piperjax.runtime.interleave import Call, interleave
 from piperjax.runtime.layout import LayerLayout
 from piperjax.runtime.passes import LayerPasses, Surroundings
 from piperjax.runtime.runs import Walk
@@ -25,8 +26,8 @@ from piperjax.runtime.varying import vary
 # For each layer kind, one buffer [slot, L_kind, ...] per array.
 Buffers = dict[str, list[jax.Array]]
 SurroundingsOf = Callable[[jax.Array], Surroundings]
-# One layer: (kind, position, carry) -> carry.
-LayerBody = Callable[[str, jax.Array, Any], Any]
+# One layer: (kind, position, carry) -> a call that makes the next carry.
+LayerBody = Callable[[str, jax.Array, Any], Call]
 
 
 class Totals(NamedTuple):
@@ -132,24 +133,27 @@ class Stage:
     def _layers_forward(self, place: Place, x: jax.Array, totals: Totals | None, stash: Buffers | None):
         return self._layers(place.chunk, partial(self._forward_layer, place), (x, totals, stash))
 
-    def _forward_layer(self, place: Place, kind: str, position: jax.Array, carry):
+    def _forward_layer(self, place: Place, kind: str, position: jax.Array, carry) -> Call:
         """One layer: (x, totals, stash) -> (y, totals, stash)."""
         x, totals, stash = carry
-        with jax.named_scope("forward"):
-            index, surroundings = self._at(place, position)
-            weights = self._weights(kind, place.chunk, index)
-            result, kept = self.passes[kind].forward(weights, x, surroundings)
+        index, surroundings = self._at(place, position)
+
+        def carried(results):
+            (result, kept), (counted, filled) = results, (totals, stash)
             if stash is not None:
                 written = [
                     slots.write(buffer, value, place.slot, index)
                     for buffer, value in zip(stash[kind], kept, strict=True)
                 ]
-                stash = {**stash, kind: written}
+                filled = {**stash, kind: written}
             if totals is not None:
                 _, aux, load, dropped = vary(result)
                 load = slots.add(totals.load, load, place.chunk, position)
-                totals = Totals(totals.aux + aux, load, totals.dropped + dropped)
-            return vary(result.y), totals, stash
+                counted = Totals(totals.aux + aux, load, totals.dropped + dropped)
+            return vary(result.y), counted, filled
+
+        call = self.passes[kind].forward(self._weights(kind, place.chunk, index), x, surroundings)
+        return call.then(carried, "forward")
 
     def backward(
         self,
@@ -183,25 +187,27 @@ class Stage:
 
     def _backward_layer(
         self, place: Place, scale: jax.Array, stash: Buffers, kind: str, position: jax.Array, carry
-    ):
+    ) -> Call:
         """One layer: (gradient, grads, taps) -> (input gradient, grads, taps)."""
         gradient, grads, taps = carry
-        passes = self.passes[kind]
-        with jax.named_scope("backward"):
-            index, surroundings = self._at(place, position)
-            kept = [slots.read(buffer, place.slot, index) for buffer in stash[kind]]
-            weights = self._weights(kind, place.chunk, index)
-            arguments = (weights, kept, surroundings, gradient, scale)
-            if taps is None:
-                x_grad, weight_grads = passes.backward(*arguments)
-            else:
-                x_grad, weight_grads, values = passes.input_gradient(*arguments)
+        index, surroundings = self._at(place, position)
+        kept = [slots.read(buffer, place.slot, index) for buffer in stash[kind]]
+        arguments = (self._weights(kind, place.chunk, index), kept, surroundings, gradient, scale)
+
+        def carried(results):
+            x_grad, weight_grads, *values = results
+            filled = taps
+            if taps is not None:
                 written = [
                     slots.write(buffer, value, place.tap_slot, index)
-                    for buffer, value in zip(taps[kind], values, strict=True)
+                    for buffer, value in zip(taps[kind], values[0], strict=True)
                 ]
-                taps = {**taps, kind: written}
-            return x_grad, self._added(grads, kind, weight_grads, place.chunk, index), taps
+                filled = {**taps, kind: written}
+            return x_grad, self._added(grads, kind, weight_grads, place.chunk, index), filled
+
+        passes = self.passes[kind]
+        call = passes.backward(*arguments) if taps is None else passes.input_gradient(*arguments)
+        return call.then(carried, "backward")
 
     def forward_and_backward(
         self,
@@ -218,9 +224,8 @@ class Stage:
     ) -> tuple[tuple[jax.Array, Totals], tuple[jax.Array, dict, Buffers | None], Buffers]:
         """Per device: `forward` of one microbatch and `backward` of another, layer by layer in one loop.
 
-        Nothing in an iteration's forward depends on its backward, so a compiler that schedules for latency puts
-        the all-to-all of one under the products of the other (the idea of DualPipe, DeepSeek-V3, 3.2.1). Layers go
-        in pairs that are of the kind of which there are most; others, and what one of both has more, go alone.
+        The exchanges of each are beside the products of the other (`interleave`). Layers go in pairs that are of the
+        kind of which there are most; others, and what one of both has more, go alone.
 
         Returns:
           What `forward` returns but the stash, what `backward` returns, the stash.
@@ -265,9 +270,13 @@ class Stage:
         name, pairs = self.layout.kinds[kind], walks[0].pairs(walks[1])
 
         def both(turn, carries):
-            # Backward first, as a tick's exchange waits for neither.
-            back = bodies[1](name, walks[1].position(turn), carries[1])
-            return bodies[0](name, walks[0].position(turn), carries[0]), back
+            ahead, back = (
+                body(name, walk.position(turn), carry)
+                for body, walk, carry in zip(bodies, walks, carries, strict=True)
+            )
+            # Backward first: its products are longer, and its last follow its last exchange.
+            back, ahead = interleave(back, ahead)
+            return ahead, back
 
         carries = _repeated(f"pairs_{name}", pairs, both, carries)
         return tuple(
@@ -278,13 +287,14 @@ class Stage:
     def weight_gradient(self, place: Place, *, grads: dict, taps: Buffers) -> dict:
         """Per device: adds the weight gradients that `backward` left; returns the accumulators."""
 
-        def body(kind: str, position: jax.Array, grads: dict) -> dict:
-            with jax.named_scope("weight_gradient"):
-                index, surroundings = self._at(place, position)
-                values = [slots.read(buffer, place.tap_slot, index) for buffer in taps[kind]]
-                weights = self._weights(kind, place.chunk, index)
-                weight_grads = self.passes[kind].weight_gradient(weights, values, surroundings)
-                return self._added(grads, kind, weight_grads, place.chunk, index)
+        def body(kind: str, position: jax.Array, grads: dict) -> Call:
+            index, surroundings = self._at(place, position)
+            values = [slots.read(buffer, place.tap_slot, index) for buffer in taps[kind]]
+            weights = self._weights(kind, place.chunk, index)
+            call = self.passes[kind].weight_gradient(weights, values, surroundings)
+            return call.then(
+                lambda found: self._added(grads, kind, found, place.chunk, index), "weight_gradient"
+            )
 
         return self._layers(place.chunk, body, grads)
 
@@ -332,7 +342,7 @@ class Stage:
         return _repeated(
             f"{scope}_{name}",
             walk.count,
-            lambda turn, carry: body(name, walk.position(turn), carry),
+            lambda turn, carry: body(name, walk.position(turn), carry)(),
             carry,
         )
 

@@ -35,10 +35,10 @@ def test_backward_in_two_parts_is_backward(mode):
     def run(x, gradient):
         x, gradient, scale = vary((x, gradient, jnp.ones((), jnp.float32)))
         passes, weights, surroundings = passes_of(dense_layer(), mode, x)
-        _, kept = passes.forward(weights, x, surroundings)
-        x_grad, whole = passes.backward(weights, kept, surroundings, gradient, scale)
-        x_first, small, taps = passes.input_gradient(weights, kept, surroundings, gradient, scale)
-        large = passes.weight_gradient(weights, taps, surroundings)
+        _, kept = passes.forward(weights, x, surroundings)()
+        x_grad, whole = passes.backward(weights, kept, surroundings, gradient, scale)()
+        x_first, small, taps = passes.input_gradient(weights, kept, surroundings, gradient, scale)()
+        large = passes.weight_gradient(weights, taps, surroundings)()
         assert [a is None for a in small] == [b is not None for b in large]
         parts = [b if a is None else a for a, b in zip(small, large, strict=True)]
         return [a[None] for a in (x_grad, *whole)], [a[None] for a in (x_first, *parts)]

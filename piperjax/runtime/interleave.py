@@ -1,0 +1,136 @@
+"""Two programs in one, so that the exchanges of each can run beside the products of the other.
+
+Both are cut where rows leave for other devices and where they have arrived. For a layer, with F its forward for one
+microbatch and B its backward for another, and exchanges in brackets:
+
+    step   0               1                2                3                4                5
+    B      sums, gates     [to experts]     experts          [to tokens]      attention
+    F                      attention        [to experts]     experts          [to tokens]      sums
+
+This is the order of DualPipe (DeepSeek-V3, arXiv:2412.19437, 3.2.1, figure 4). Between steps a barrier holds what both
+have made and still need: without it a compiler is free to run everything of one before anything of the other, and a
+scheduler for latency finds nothing to put beside the exchanges.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.extend.core import Var
+
+from piperjax.runtime.program import Program, is_variable
+
+_EXCHANGES = frozenset(("all_to_all", "all_gather", "all_gather_invariant", "ppermute", "ragged_all_to_all"))
+# What is long enough to run beside an exchange. `multiply` and `weight_gradient` are those of `grouped_matmul`.
+_PRODUCTS = frozenset(("dot_general", "multiply", "weight_gradient", "scan", "while", "pallas_call"))
+
+
+class Call(NamedTuple):
+    """A program and the values of its inputs, not run yet.
+
+    Attributes:
+      program, values: what to run.
+      entry: which of the inputs is the one to begin with, when others may long have been there.
+      finish: makes the result from the program's outputs.
+      scope: name of the work in compiled programs.
+    """
+
+    program: Program
+    values: Sequence[jax.Array]
+    entry: int
+    finish: Callable[[list[jax.Array]], Any]
+    scope: str | None = None
+
+    def __call__(self) -> Any:
+        """The result."""
+        with self.named_scope():
+            return self.finish(self.program(*self.values))
+
+    def then(self, change: Callable[[Any], Any], scope: str | None = None) -> "Call":
+        """A call whose result is what `change` makes of that of this one."""
+        return self._replace(finish=lambda outputs: change(self.finish(outputs)), scope=scope or self.scope)
+
+    def named_scope(self) -> AbstractContextManager:
+        """A context in which what is traced is called by the scope."""
+        return jax.named_scope(self.scope) if self.scope else nullcontext()
+
+
+def parts(program: Program) -> list[list]:
+    """The equations of a program in parts: computations, exchanges, computations, ..., computations.
+
+    Everything is as early as it can be. Exchanges with no products between them are one part, with what else is between
+    them. A program without exchanges is one part.
+    """
+    depth: dict[Var, int] = {}
+    computations: list[list] = [[]]
+    exchanges: list[list] = []
+    for equation in program.equations:
+        level = max((depth.get(v, 0) for v in equation.invars if is_variable(v)), default=0)
+        is_exchange = equation.primitive.name in _EXCHANGES
+        if is_exchange:
+            while len(exchanges) <= level:
+                exchanges.append([])
+                computations.append([])
+            exchanges[level].append(equation)
+        else:
+            computations[level].append(equation)
+        depth.update(dict.fromkeys(equation.outvars, level + is_exchange))
+    found = [computations[0]]
+    for sent, computed in zip(exchanges, computations[1:], strict=True):
+        if len(found) > 1 and not _has_product(found[-1]):
+            between = found.pop()
+            found[-1] += between + sent
+        else:
+            found.append(sent)
+        found.append(computed)
+    return found
+
+
+def _has_product(equations: list) -> bool:
+    return any(equation.primitive.name in _PRODUCTS for equation in equations)
+
+
+def interleave(first: Call, second: Call) -> tuple[Any, Any]:
+    """Results of both calls; exchanges of each are beside computations of the other.
+
+    The first begins: its first computations run alone, as do the last of the second.
+    """
+    runs = [_Run(call) for call in (first, second)]
+    # Part n of the second is beside part n + 1 of the first: an exchange and a computation, or the reverse.
+    for step in range(max(len(runs[0].parts), len(runs[1].parts) + 1)):
+        with first.named_scope():
+            runs[0].run(step)
+        with second.named_scope():
+            runs[1].run(step - 1)
+        waiting = runs[0].waiting(step + 1), runs[1].waiting(step)
+        if all(waiting):
+            held = [[run.known[v] for v in of] for run, of in zip(runs, waiting, strict=True)]
+            for run, of, values in zip(runs, waiting, lax.optimization_barrier(held), strict=True):
+                run.known.update(zip(of, values, strict=True))
+    results = []
+    for call, run in zip((first, second), runs, strict=True):
+        with call.named_scope():
+            results.append(call.finish(run.program.values_of(run.known)))
+    return tuple(results)
+
+
+class _Run:
+    """A program under way: what is known, and what is left."""
+
+    def __init__(self, call: Call):
+        self.program, self.parts = call.program, parts(call.program)
+        self.known = self.program.bound(*call.values)
+        # Neither weights nor what was kept need to wait.
+        self.at_hand = set(self.known) - {self.program.inputs[call.entry]}
+
+    def run(self, number: int) -> None:
+        """Runs a part, if there is one of that number."""
+        if 0 <= number < len(self.parts):
+            self.program.run(self.parts[number], self.known)
+
+    def waiting(self, number: int) -> list[Var]:
+        """What is to be held for the parts from a number on."""
+        needed = {v for part in self.parts[number:] for e in part for v in e.invars if is_variable(v)}
+        return [v for v in self.known if v in needed and v not in self.at_hand]
