@@ -160,10 +160,15 @@ def index_bytes(ffn: MoEFFN) -> int:
 
 
 def message_bytes(D: int, ffn: MoEFFN, share: Share, *, ids: bool = True) -> int:
-    """Bytes of a row that travels with its gates, and the ids of its experts, all in words as wide as its elements."""
-    k, word = ffn.experts_per_token, share.itemsize
+    """Bytes of a row that travels with its gates, and the ids of its experts."""
+    return share.itemsize * _message_words(D, ffn, share, ids=ids)
+
+
+def _message_words(D: int, ffn: MoEFFN, share: Share, *, ids: bool = True) -> int:
+    """Elements of such a message: what is beside the row is put into words as wide as its elements."""
+    k, word = ffn.experts_per_token, itemsize_of(share.dtype)
     beside = [k * share.wide] + [k * index_bytes(ffn)] * ids
-    return D * word + sum(word * ceil(num_bytes / word) for num_bytes in beside)
+    return D + sum(ceil(num_bytes / word) for num_bytes in beside)
 
 
 def _products(D: int, layer: LayerConfig, share: Share) -> int:
@@ -300,7 +305,7 @@ def _inputs_by_products(D: int, ffn: MoEFFN, share: Share) -> tuple[int, int]:
     if share.expert == 1:
         return T * D, R
     if share.deduplicates:
-        return of.arrived * message_bytes(D, ffn, share) // share.itemsize, R
+        return of.arrived * _message_words(D, ffn, share), R
     if share.dispatch == "halo3":
         return T * D, 2 * R
     return (R * D, R) if chunks == 1 else ((T + R + R // chunks) * D, R + R // chunks)
