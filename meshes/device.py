@@ -133,6 +133,8 @@ class Device:
       memory_bytes_per_second: peak rate of that memory; None where unknown.
       peak_flop_per_second: peak rate of matrix products by dtype name; empty where unknown.
       memory_efficiency: part of `memory_bytes_per_second` that elementwise work and copies reach.
+      activation_gradient_bytes_per_second: rate of the gradient of a gated activation, exponentials and all, in bytes
+        of its operands and results if each passes memory once; None where the memory bounds it.
       matmul: rates of dense matrix products; None where unknown.
       grouped_matmul: rates of the grouped products of experts.
       attention: rates of attention proper.
@@ -150,6 +152,7 @@ class Device:
     memory_bytes_per_second: float | None = None
     peak_flop_per_second: Mapping[str, float] = field(default_factory=dict, hash=False)
     memory_efficiency: float = 1.0
+    activation_gradient_bytes_per_second: float | None = None
     matmul: Products | None = None
     grouped_matmul: Products | None = None
     attention: Attention | None = None
@@ -170,7 +173,8 @@ class Device:
             check_rate,
             example="bfloat16 = 191.5e12",
         )
-        for name in ("memory_bytes_per_second", "fresh_bytes_per_second", "host_bytes_per_second"):
+        rates = ("memory", "activation_gradient", "fresh", "host")
+        for name in (f"{rate}_bytes_per_second" for rate in rates):
             if getattr(self, name) is not None:
                 check_rate(f"device.{name}", getattr(self, name))
         check_fraction("device.memory_efficiency", self.memory_efficiency)
@@ -238,6 +242,11 @@ class Device:
         if self.memory_bytes_per_second is None:
             raise ValueError(_missing("device.memory_bytes_per_second"))
         return num_bytes / (self.memory_bytes_per_second * self.memory_efficiency) + self.launch_seconds
+
+    def activation_gradient_seconds(self, num_bytes: Any) -> Any:
+        """Seconds of the gradient of a gated activation whose operands and results are `num_bytes`."""
+        rate = self.activation_gradient_bytes_per_second
+        return self.stream_seconds(num_bytes) if rate is None else num_bytes / rate + self.launch_seconds
 
     def together_seconds(self, longest_seconds: Any, total_seconds: Any) -> Any:
         """Seconds of a phase in which the devices of one host work side by side and then meet.

@@ -109,7 +109,7 @@ class Measurements:
       alone: pairs of seconds of the same work (one device alone, all together).
       launch_seconds: of one operation of a program.
       call_seconds: of an empty program.
-      products, attention, streams, exchanges, copies, fresh: samples.
+      products, attention, streams, activations, exchanges, copies, fresh: samples; activations are their gradients.
     """
 
     num_local: int
@@ -119,6 +119,7 @@ class Measurements:
     products: tuple[ProductSample, ...] = ()
     attention: tuple[AttentionSample, ...] = ()
     streams: tuple[BytesSample, ...] = ()
+    activations: tuple[BytesSample, ...] = ()
     exchanges: tuple[ExchangeSample, ...] = ()
     copies: tuple[BytesSample, ...] = ()
     fresh: tuple[BytesSample, ...] = ()
@@ -169,9 +170,14 @@ def calibrate(platform: Platform, measurements: Measurements, *, shares_cores: b
         device, fits["device.attention"] = _with_attention(device, attention)
     if streams:
         device, fits["device"] = _with_streams(device, streams, keep_peak=not shares_cores)
-    if measurements.fresh:
-        rates = [s.num_bytes / (s.seconds * scale) for s in measurements.fresh]
-        device = replace(device, fresh_bytes_per_second=_rounded(float(np.median(rates))))
+    for name in ("fresh", "activations"):
+        if samples := getattr(measurements, name):
+            rate = _rounded(float(np.median([s.num_bytes / (s.seconds * scale) for s in samples])))
+            rate_of = {
+                "fresh": "fresh_bytes_per_second",
+                "activations": "activation_gradient_bytes_per_second",
+            }
+            device = replace(device, **{rate_of[name]: rate})
     if measurements.copies:
         rates = [s.num_bytes / s.seconds for s in measurements.copies]
         device = replace(device, host_bytes_per_second=_rounded(float(np.median(rates))))

@@ -247,7 +247,12 @@ class _Pricing:
         inputs = self._by_kind(products, self._input_gradient)
         weights = self._by_kind(products, self._weight_gradient)
         inputs["attention"] = self._attention(backward=True)
-        inputs["streams"] = sum(self._stream(s.backward_bytes, s.launches) for s in self.work.streams)
+        inputs["streams"] = sum(
+            self.device.activation_gradient_seconds(s.backward_bytes)
+            if s.is_activation
+            else self._stream(s.backward_bytes, s.launches)
+            for s in self.work.streams
+        )
         if self.dtype != self.base:
             inputs["streams"] += sum(
                 self._stream(CAST_BYTES * p.rows * max(p.groups, 1) * p.columns, 1)

@@ -50,6 +50,7 @@ class Stream(NamedTuple):
       forward_bytes, backward_bytes: read and written in all.
       launches: kernels of one direction.
       is_sent: prepares or takes apart rows that travel to experts and back, repeated only if the exchange is.
+      is_activation: the activation of a feed-forward layer, whose gradient is more than memory traffic on CPUs.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Stream(NamedTuple):
     backward_bytes: float
     launches: int = 1
     is_sent: bool = False
+    is_activation: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,4 +212,4 @@ def _ffn(
 def _activation(name: str, d_ff: int, num_matrices: int, rows: float, itemsize: int) -> Stream:
     """Reads what the up product wrote and writes its input to the down product; backward all of it and gradients."""
     num_bytes = rows * num_matrices * d_ff * itemsize
-    return Stream(f"{name} activation", num_bytes, 2 * num_bytes)
+    return Stream(f"{name} activation", num_bytes, 2 * num_bytes, is_activation=True)

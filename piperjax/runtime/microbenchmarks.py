@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from models.attention import causal_attention
+from models.layers import activate
 from piperjax.planner.calibration import AttentionSample, BytesSample, ProductSample
 from piperjax.runtime.grouped_matmul import grouped_matmul
 from piperjax.runtime.stopwatch import Body, Stopwatch, line_of, looped, operand
@@ -66,6 +67,7 @@ class Shapes:
       working_bytes: of all arrays between which it alternates, on one device; more than caches hold.
       copy_bytes: of the arrays that are copied to a device and back.
       fresh_bytes: of the arrays for which a program takes memory.
+      activation_bytes: of the operand of the gated activation whose gradient is taken.
       dtypes: of products and attention; the first one gets all shapes, others every third.
     """
 
@@ -76,6 +78,7 @@ class Shapes:
     copy_bytes: tuple[int, ...]
     dtypes: tuple[str, ...]
     fresh_bytes: tuple[int, ...] = ()
+    activation_bytes: tuple[int, ...] = ()
 
 
 def shapes_for(backend: str, *, quick: bool) -> Shapes:
@@ -114,6 +117,7 @@ _CPU = Shapes(
     copy_bytes=(2**20, 2**23, 2**16, 2**26),
     dtypes=("float32", "bfloat16"),
     fresh_bytes=(2**26,),
+    activation_bytes=(2**19, 2**21, 2**24),
 )
 
 _GPU = Shapes(
@@ -157,9 +161,20 @@ def compute_tasks(shapes: Shapes, stopwatch: Stopwatch, devices: Sequence[jax.De
             yield Task(
                 "alone", f"one device alone, {'x'.join(map(str, layer[:3]))}", lambda a=layer: bench.alone(a)
             )
+    yield from _tasks_of_bytes(shapes, bench)
+
+
+def _tasks_of_bytes(shapes: Shapes, bench: "_Bench") -> Iterator[Task]:
+    """The benchmarks of what costs by the byte."""
     for size in shapes.stream_bytes:
         yield Task(
             "streams", f"elementwise, {size:,} bytes", lambda a=size: bench.stream(a, shapes.working_bytes)
+        )
+    for size in shapes.activation_bytes:
+        yield Task(
+            "activations",
+            f"gradient of an activation, {size:,} bytes",
+            lambda a=size: bench.activation(a, shapes.working_bytes),
         )
     for size in shapes.fresh_bytes:
         yield Task("fresh", f"memory taken, {size:,} bytes", lambda a=size: bench.fresh(a))
@@ -240,6 +255,21 @@ class _Bench:
         shape = (arrays, rows, STREAM_WIDTH)
         seconds = self._seconds(normalise, [(shape, "float32")], self.devices, sets=arrays)
         return [BytesSample(2.0 * 4 * rows * STREAM_WIDTH, seconds)]
+
+    def activation(self, num_bytes: int, working_bytes: int) -> list[BytesSample]:
+        """Gradient of a gated activation of [rows, 2 F], in arrays that take turns as those of `stream`.
+
+        Counted are three arrays of F forward and three backward: what `planner.work` says of the gradient.
+        """
+        rows = max(1, num_bytes // (8 * STREAM_WIDTH))
+        arrays = max(2, 2 * working_bytes // (3 * num_bytes))
+
+        def gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+            return jax.vjp(lambda x: activate(x, 3), x)[1](dy)[0]
+
+        shapes = (arrays, rows, 2 * STREAM_WIDTH), (arrays, rows, STREAM_WIDTH)
+        seconds = self._seconds(gradient, [(shape, "float32") for shape in shapes], self.devices, sets=arrays)
+        return [BytesSample(6.0 * 4 * rows * STREAM_WIDTH, seconds)]
 
     def fresh(self, num_bytes: int) -> list[BytesSample]:
         """Writes a result for which every call takes memory, on all devices at once."""

@@ -109,6 +109,7 @@ def measurements(disturb=lambda seconds: seconds):
         streams=tuple(streams),
         exchanges=tuple(exchange_samples(disturb)),
         copies=(BytesSample(1e6, 1e-3), BytesSample(1e7, 1e-2)),
+        activations=tuple(BytesSample(1e6, together * 1e6 / rate) for rate in (3e9, 4e9, 9e9)),
     )
 
 
@@ -119,6 +120,7 @@ def test_rates_come_back():
     assert device.launch_seconds == pytest.approx(1e-6)
     assert device.call_seconds == 3e-4
     assert device.host_bytes_per_second == 1e9
+    assert device.activation_gradient_bytes_per_second == pytest.approx(4e9)
     assert device.memory_bytes_per_second == pytest.approx(2e10, rel=0.01)
     for (m, n, k), grouped in itertools.product(((32, 100, 200), (400, 300, 64)), (False, True)):
         for dtype, weight_gradient in itertools.product(("float32", "bfloat16"), (False, True)):

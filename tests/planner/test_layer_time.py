@@ -143,3 +143,14 @@ def test_layers_add_up():
 def test_missing_rates_are_named():
     with pytest.raises(ValueError, match="needs \\[device.matmul\\] to predict seconds"):
         price(platform=machine(matmul=None))
+
+
+def test_gradients_of_activations_have_a_rate_of_their_own_where_memory_does_not_bound_them():
+    """Six arrays of d_ff for every row of two experts, in 16 bits, and nothing else costs time."""
+    slow = machine(activation_gradient_bytes_per_second=1e9)
+    usual, found = (price(platform=platform, memory_mode="stash") for platform in (machine(), slow))
+    ffn = preset("mixtral_8x7b").layers[0].ffn
+    num_bytes = 6 * 2 * 4096 * ffn.experts_per_token * ffn.d_ff
+    assert found.backward - usual.backward == pytest.approx(num_bytes / 1e9, rel=1e-6)
+    assert found.input_gradient - usual.input_gradient == pytest.approx(num_bytes / 1e9, rel=1e-6)
+    assert found.forward == usual.forward

@@ -18,6 +18,7 @@ SHAPES = Shapes(
     copy_bytes=(2**10,),
     dtypes=("float32", "bfloat16"),
     fresh_bytes=(2**12,),
+    activation_bytes=(2**12,),
 )
 
 
@@ -62,6 +63,7 @@ def test_every_task_gives_its_samples():
         "attention",
         "alone",
         "streams",
+        "activations",
         "fresh",
         "copies",
     }
@@ -77,7 +79,9 @@ def test_every_task_gives_its_samples():
     # The causal half of scores and their product with the values: 2 S S N H.
     assert {s.flop for s in fields["attention"]} == {2 * 16 * 16 * 4 * 8}
     assert [s.num_bytes for s in fields["streams"] + fields["copies"]] == [2**11, 2**10]
-    samples = products + fields["attention"] + fields["streams"] + fields["copies"]
+    # Two rows of 512 features make an operand of 4096 bytes; with F = 256, six arrays of F are read and written.
+    assert [s.num_bytes for s in fields["activations"]] == [6 * 4 * 2 * 256]
+    samples = fields["activations"] + products + fields["attention"] + fields["streams"] + fields["copies"]
     assert all(0 < sample.seconds < 5 for sample in samples)
     assert all(min(pair) > 0 for pair in fields["alone"])
 
