@@ -260,6 +260,17 @@ def test_overlapped_forward_and_backward_equal_one_device(
     check_equal(config, plan, tolerance=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dispatch", "chunks"), [("halo2_dedup", 1), pytest.param("flat", 2, marks=pytest.mark.slow)]
+)
+def test_overlap_goes_with_other_dispatchers_and_with_chunks(dispatch, chunks):
+    plan = plan_for(
+        model(), memory_mode="named", dispatch=dispatch, dispatch_chunks=chunks, pipe=2, expert=4,
+        layers_per_stage=(2, 2), overlap=True,
+    )  # fmt: skip
+    check_equal(model(), plan, tolerance=1e-5)
+
+
 DISPATCHED = [
     ("one_f_one_b", "layer", "halo2_dedup", 3),
     ("zb_h1", "named", "halo2_dedup", 2),
