@@ -12,6 +12,7 @@ import numpy as np
 
 from meshes.axes import BATCH, EXPERT
 from meshes.mesh import build_mesh
+from piperjax.runtime.varying import vary
 
 D = 8
 FACTORS = {1: (1, 1, 1), 2: (1, 1, 2), 4: (1, 2, 2), 8: (2, 2, 2)}
@@ -60,6 +61,8 @@ class Case:
         spec = jax.P(BATCH)
 
         def per_device(x, gates, w, ids):
+            w = vary(w, BATCH)
+
             def expert_ffn(rows, sizes):
                 return jnp.tanh(multiply(rows, w, sizes))
 

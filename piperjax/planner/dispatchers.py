@@ -51,6 +51,8 @@ DISPATCHERS = {
     )
 }
 
+# What becomes of rows beyond a capacity factor.
+OVERFLOW = ("drop", "passes")
 # Of these numbers of chunks a search chooses; more of them cost more messages than they hide.
 SEARCHED_DISPATCH_CHUNKS = (1, 2, 4)
 # What the runtime has; the others can be planned for, not yet run.
@@ -97,6 +99,16 @@ def check_pipe(dispatcher: str, pipe: int) -> None:
             f"dispatcher {dispatcher!r} sends permutes, which wait for every device of the mesh, and pipe ranks run at "
             f"different times, so pipe must be 1, got {pipe}; use {dispatcher.replace('halo3', 'halo2')!r}"
         )
+
+
+def check_overflow(overflow: str) -> None:
+    """Checks that there is such a treatment of rows beyond a capacity factor.
+
+    Raises:
+      ValueError: if there is not.
+    """
+    if overflow not in OVERFLOW:
+        raise ValueError(f"overflow must be one of {', '.join(OVERFLOW)}, got {overflow!r}")
 
 
 def check_chunks(dispatcher: str, chunks: int, tokens: int | None = None) -> None:

@@ -29,10 +29,12 @@ class AllToAll:
     Attributes:
       name: what a dispatcher is named after.
       move: per device: (rows [P C, ...], axes) -> rows [P C, ...].
+      waits_for_all: whether it waits for all devices of a mesh, not only for those along the axes.
     """
 
     name: str
     move: Callable[[jax.Array, Axes], jax.Array]
+    waits_for_all: bool = False
 
 
 def split_axes(axes: Axes) -> tuple[Axes, Axes]:
@@ -151,5 +153,5 @@ class _Leaders:
 
 FLAT = AllToAll(name="flat", move=_flat)
 HALO2 = AllToAll(name="halo2", move=_halo2)
-HALO3 = AllToAll(name="halo3", move=_halo3)
+HALO3 = AllToAll(name="halo3", move=_halo3, waits_for_all=True)
 ALL_TO_ALLS = {algorithm.name: algorithm for algorithm in (FLAT, HALO2, HALO3)}

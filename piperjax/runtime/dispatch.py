@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from piperjax.runtime import dispatch_chunks
+from piperjax.planner.dispatchers import check_overflow
+from piperjax.runtime import dispatch_passes
 from piperjax.runtime.dispatch_copies import COPIES
 from piperjax.runtime.dispatch_nodes import HALO2_DEDUP
 from piperjax.runtime.dispatcher import ExpertFFN, Sharing
@@ -32,19 +33,24 @@ def make_experts(
     physical_of_logical: Sequence[int] | None = None,
     *,
     chunks: int = 1,
+    overflow: str = "drop",
+    splits: bool = False,
 ) -> Experts:
     """Returns the `experts` function of a layer context, which runs per device.
 
     It takes (expert_ffn, x [T, D], expert_ids [T, k] int32, gates [T, k], num_experts), where the k experts of a
-    token are distinct, and returns (y [T, D], number of rows dropped here as a float32 scalar).
+    token are distinct, and returns (y [T, D], number of rows here that found no room as a float32 scalar).
 
     Args:
       dispatch: name of a dispatcher.
       axes: mesh axes whose devices share the experts, outermost first. Device p of P along them holds physical
         experts p E/P to (p + 1) E/P - 1.
-      capacity_factor: rows that a device accepts from another, over the balanced T k / P; 0 drops nothing.
+      capacity_factor: rows that a device accepts from another at a time, over the balanced T k / P; 0 accepts all.
       physical_of_logical: the physical expert of every logical one [E]; None if they are the same.
       chunks: parts in which the tokens travel, one after the other (`dispatch_chunks`).
+      overflow: what becomes of rows that find no room: "drop" them, or let them travel in later "passes"
+        (`dispatch_passes`).
+      splits: whether gradients of weights are asked for apart from others; then later passes run once for each.
 
     Raises:
       ValueError: if there is no such dispatcher, or an argument makes no sense.
@@ -60,14 +66,8 @@ def make_experts(
         )
     if chunks < 1:
         raise ValueError(f"dispatch_chunks must be at least 1, got {chunks}")
-    table = None
-    if physical_of_logical is not None:
-        table = np.asarray(physical_of_logical, np.int32)
-        if table.ndim != 1 or not np.array_equal(np.sort(table), np.arange(table.size)):
-            raise ValueError(
-                "physical_of_logical must hold every physical expert 0 to E-1 once, got "
-                f"{np.array2string(table, threshold=16)}"
-            )
+    check_overflow(overflow)
+    table = None if physical_of_logical is None else _table(physical_of_logical)
 
     def experts(expert_ffn, x, expert_ids, gates, num_experts):
         expert_ids = expert_ids.astype(jnp.int32)
@@ -77,16 +77,33 @@ def make_experts(
                     f"physical_of_logical must place the {num_experts} experts of the model, got {table.size}"
                 )
             expert_ids = take(jnp.asarray(table), expert_ids)
+        if len(expert_ids) % chunks:
+            raise ValueError(
+                f"dispatch_chunks must divide the {len(expert_ids)} tokens of a microbatch on a device, got {chunks}"
+            )
         sharing = Sharing(
             axes=axes,
             sizes=tuple(lax.axis_size(axis) for axis in axes),
             num_experts=num_experts,
             experts_per_token=expert_ids.shape[1],
-            num_tokens=len(expert_ids),
+            num_tokens=len(expert_ids) // chunks,
             capacity_factor=capacity_factor,
         )
         # Alike in their types, as the hand-written gradients of the permutations expect.
         tokens = tuple(vary(vary_like(array, x, expert_ids, gates), axes) for array in (x, expert_ids, gates))
-        return dispatch_chunks.run(DISPATCHERS[dispatch], expert_ffn, tokens, sharing, chunks=chunks)
+        way = dispatch_passes.Way(DISPATCHERS[dispatch], sharing, chunks)
+        if overflow == "drop":
+            return dispatch_passes.run_dropping(way, expert_ffn, *tokens)
+        return dispatch_passes.run_all(way, expert_ffn, *tokens, splits=splits)
 
     return experts
+
+
+def _table(physical_of_logical: Sequence[int]) -> np.ndarray:
+    table = np.asarray(physical_of_logical, np.int32)
+    if table.ndim != 1 or not np.array_equal(np.sort(table), np.arange(table.size)):
+        raise ValueError(
+            "physical_of_logical must hold every physical expert 0 to E-1 once, got "
+            f"{np.array2string(table, threshold=16)}"
+        )
+    return table

@@ -10,7 +10,6 @@ without it a compiler would send every chunk first and work after. Transposed, t
 backward of a step runs beside those of the same step, in reverse: it is the same pipeline.
 """
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -28,19 +27,11 @@ def run(
     sharing: Sharing,
     *,
     chunks: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Per device: all stages of a dispatcher for (x [T, D], expert_ids [T, k], gates [T, k]).
+) -> jax.Array:
+    """Per device: all stages of a dispatcher for (x [T, D], expert_ids [T, k], gates [T, k]) in chunks: y [T, D].
 
-    Limits of capacity hold for every chunk, with its share of the rows.
-
-    Returns:
-      y [T, D], rows dropped here.
+    Every chunk has buffers of its own: `sharing` is that of one.
     """
-    if sharing.num_tokens % chunks:
-        raise ValueError(
-            f"dispatch_chunks must divide the {sharing.num_tokens} tokens of a microbatch on a device, got {chunks}"
-        )
-    sharing = replace(sharing, num_tokens=sharing.num_tokens // chunks)
     waiting, *others = (jnp.split(array, chunks) for array in tokens)
     others = list(zip(*others, strict=True))
     arrived, sent, results, collected = {}, {}, {}, {}
@@ -62,8 +53,7 @@ def run(
         if step < chunks:
             # After the barrier: what is kept must not ask for all that the barrier holds.
             arrived[step] = jax.tree.map(partial(_named, sharing), arrived[step])
-    ys, dropped = zip(*(collected[chunk] for chunk in range(chunks)), strict=True)
-    return jnp.concatenate(ys), sum(dropped)
+    return jnp.concatenate([collected[chunk] for chunk in range(chunks)])
 
 
 def _named(sharing: Sharing, leaf: jax.Array) -> jax.Array:

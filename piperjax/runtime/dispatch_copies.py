@@ -2,8 +2,8 @@
 
     tokens [T, D] -spread-> [P C, D] -all-to-all-> [P C, D] -move-> grouped by expert -experts-> and all the way back
 
-Dropless buffers hold the worst case, so no row is ever lost; with a capacity factor they hold that many times the
-balanced number of rows, and what does not fit is dropped and counted.
+Dropless buffers hold the worst case, so that there is always room; with a capacity factor they hold that many times
+the balanced number of rows.
 """
 
 import math
@@ -27,7 +27,6 @@ from piperjax.runtime.permute import (
     spread_rows,
     take,
 )
-from piperjax.runtime.varying import vary_like
 
 
 class Arrived(NamedTuple):
@@ -51,17 +50,18 @@ def dispatcher(algorithm: AllToAll) -> Dispatcher:
     C = ceil(capacity_factor T k / P).
     """
     return Dispatcher(
-        name=algorithm.name, send=partial(_send, algorithm), work=_work, collect=partial(_collect, algorithm)
+        name=algorithm.name,
+        num_rows=lambda sharing: sharing.num_devices * row_capacity(sharing),
+        admit=admit,
+        send=partial(_send, algorithm),
+        work=_work,
+        collect=partial(_collect, algorithm),
+        waits_for_all=algorithm.waits_for_all,
     )
 
 
 def _send(algorithm: AllToAll, x: jax.Array, expert_ids: jax.Array, gates: jax.Array, sharing: Sharing):
-    where, sizes = place_rows(
-        expert_ids,
-        num_experts=sharing.num_experts,
-        num_devices=sharing.num_devices,
-        capacity_factor=sharing.capacity_factor,
-    )
+    where, sizes = place_rows(expert_ids, sharing)
     rows = algorithm.move(spread_rows(x, where), sharing.axes)
     sizes = algorithm.move(sizes, sharing.axes).reshape(sharing.num_devices, -1)
     return Arrived(rows, sizes), Sent(gates, where)
@@ -78,44 +78,58 @@ def _work(expert_ffn: ExpertFFN, arrived: Arrived, sharing: Sharing) -> jax.Arra
 
 def _collect(algorithm: AllToAll, results: jax.Array, sent: Sent, sharing: Sharing):
     results = checkpoint_name(algorithm.move(results, sharing.axes), COMBINED)
-    kept = sent.where.kept
-    dropped = jnp.zeros((), jnp.float32) if kept is None else (~kept).sum(dtype=jnp.float32)
-    return combine_rows(results, sent.gates, sent.where), vary_like(dropped, results)
+    return combine_rows(results, sent.gates, sent.where)
 
 
-COPIES = tuple(dispatcher(algorithm) for algorithm in ALL_TO_ALLS.values())
+def most_rows(sharing: Sharing) -> int:
+    """Rows of one device that can meet at another."""
+    return sharing.num_tokens * min(sharing.experts_per_token, sharing.experts_per_device)
 
 
-def row_capacity(
-    num_tokens: int, k: int, *, num_experts: int, num_devices: int, capacity_factor: float
-) -> int:
-    """Rows C that one device may send to another in one layer: no more than it can need, if dropless all of it."""
-    most = num_tokens * min(k, num_experts // num_devices)
-    return min(most, math.ceil(capacity_factor * num_tokens * k / num_devices)) if capacity_factor else most
+def row_capacity(sharing: Sharing) -> int:
+    """Rows C that one device may send to another at a time: no more than it can need, if dropless all of it."""
+    balanced = sharing.num_tokens * sharing.experts_per_token / sharing.num_devices
+    most = most_rows(sharing)
+    return min(most, math.ceil(sharing.capacity_factor * balanced)) if sharing.capacity_factor else most
 
 
-def place_rows(
-    expert_ids: jax.Array, *, num_experts: int, num_devices: int, capacity_factor: float
-) -> tuple[Places, jax.Array]:
+def may_overflow(sharing: Sharing) -> bool:
+    """Whether there can be more rows for a device than it has room for."""
+    return row_capacity(sharing) < most_rows(sharing)
+
+
+def admit(expert_ids: jax.Array, sharing: Sharing) -> jax.Array | None:
+    """Which copies [T, k] are among the first C for their device, in the order of tokens; None if there are no more."""
+    if not may_overflow(sharing):
+        return None
+    C = row_capacity(sharing)
+    experts = expert_ids.reshape(-1)
+    travels = experts < sharing.num_experts
+    if sharing.num_devices == 1:
+        fits = jnp.cumsum(travels, dtype=jnp.int32) <= C
+    else:
+        devices = experts // sharing.experts_per_device
+        order = order_by_group(devices, sharing.num_devices)
+        fits = order.place - take(order.bounds, devices) < C
+    return (travels & fits).reshape(expert_ids.shape)
+
+
+def place_rows(expert_ids: jax.Array, sharing: Sharing) -> tuple[Places, jax.Array]:
     """Per device: places the copies of T tokens in a send buffer [P C], by device, then expert, then token.
 
-    What a device has no room for is left out, later tokens first. Returns the places, and how many rows go to each
-    expert [E].
+    Returns the places, and how many rows go to each expert [E].
     """
     T, k = expert_ids.shape
-    N, P, here = T * k, num_devices, num_experts // num_devices
-    C = row_capacity(T, k, num_experts=num_experts, num_devices=P, capacity_factor=capacity_factor)
+    N, P, here, num_experts = T * k, sharing.num_devices, sharing.experts_per_device, sharing.num_experts
+    C = row_capacity(sharing)
     experts = expert_ids.reshape(N)
-    kept = None
-    if T * min(k, here) > C:
-        kept = _first_arrivals(experts // here, num_devices=P, capacity=C)
-        experts = jnp.where(kept, experts, num_experts)
+    kept = experts < num_experts if may_overflow(sharing) else None
     order = order_by_group(experts, num_experts)
     sizes = jnp.diff(order.bounds)
     if P == 1:
-        # Every place is taken: either nothing was dropped, or the first C copies fill the buffer.
+        live = None if kept is None else lax.iota(jnp.int32, C) < order.bounds[-1]
         places = order.place if kept is None else jnp.minimum(order.place, C - 1)
-        return Places(order.row[:C], None, places.reshape(T, k), _slots(kept, T, k)), sizes
+        return Places(order.row[:C], live, places.reshape(T, k), _slots(kept, T, k)), sizes
     # Device p has C places, and its copies are next to each other in the order, from `first[p]`.
     first = order.bounds[:-1:here]
     count = order.bounds[here::here] - first
@@ -128,15 +142,6 @@ def place_rows(
         places = jnp.where(kept, places, 0)
     copies = take(order.row, rank.reshape(-1))
     return Places(copies, live.reshape(-1), places.reshape(T, k), _slots(kept, T, k)), sizes
-
-
-def _first_arrivals(devices: jax.Array, *, num_devices: int, capacity: int) -> jax.Array:
-    """Whether each of N rows is among the first `capacity` for its device: [N] bool."""
-    N = devices.shape[0]
-    if num_devices == 1:
-        return lax.iota(jnp.int32, N) < capacity
-    order = order_by_group(devices, num_devices)
-    return order.place - take(order.bounds, devices) < capacity
 
 
 def _slots(kept: jax.Array | None, T: int, k: int) -> jax.Array | None:
@@ -168,3 +173,6 @@ def group_received(sizes: jax.Array, *, num_rows: int) -> Exchange:
     return Exchange(
         jnp.where(live_target, source, 0), jnp.where(live_source, target, 0), live_source, live_target
     )
+
+
+COPIES = tuple(dispatcher(algorithm) for algorithm in ALL_TO_ALLS.values())

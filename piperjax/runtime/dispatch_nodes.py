@@ -24,30 +24,28 @@ from piperjax.runtime.fan import fan_in, fan_out
 from piperjax.runtime.group_rows import group_by_expert
 from piperjax.runtime.message import Rows
 from piperjax.runtime.permute import combine_sparse_rows, spread_rows
-from piperjax.runtime.varying import vary_like
 
 
 class Hops(NamedTuple):
     """The two journeys of a row, and those of sums back.
 
     Attributes:
-      to_nodes: (rows of tokens, sharing) -> (rows at a device of the node, way back, rows dropped here).
+      to_nodes: (rows of tokens, sharing) -> (rows at a device of the node, way back).
       to_devices: (these, sharing) -> (rows at the devices of their experts, way back).
       from_devices, from_nodes: (sums, way back, sharing) -> sums one journey earlier.
       num_copies: sharing -> copies that may come to a device.
     """
 
-    to_nodes: Callable[[Rows, Sharing], tuple[Rows, Any, jax.Array]]
+    to_nodes: Callable[[Rows, Sharing], tuple[Rows, Any]]
     to_devices: Callable[[Rows, Sharing], tuple[Rows, Any]]
     from_devices: Callable[[jax.Array, Any, Sharing], jax.Array]
     from_nodes: Callable[[jax.Array, Any, Sharing], jax.Array]
     num_copies: Callable[[Sharing], int]
 
 
-def _to_all_nodes(rows: Rows, sharing: Sharing) -> tuple[Rows, None, jax.Array]:
+def _to_all_nodes(rows: Rows, sharing: Sharing) -> tuple[Rows, None]:
     nodes, _ = split_axes(sharing.axes)
-    dropped = vary_like(jnp.zeros((), jnp.float32), rows.x)
-    return fan_out(rows, nodes), None, dropped
+    return fan_out(rows, nodes), None
 
 
 def _to_all_devices(rows: Rows, sharing: Sharing) -> tuple[Rows, None]:
@@ -78,10 +76,9 @@ def _hops(sharing: Sharing) -> Hops:
 
 
 def _send(x: jax.Array, expert_ids: jax.Array, gates: jax.Array, sharing: Sharing):
-    # E itself stands for a dropped copy.
+    # Up to E, which is no expert.
     narrow = jnp.int16 if sharing.num_experts < 2**15 else jnp.int32
-    rows, way, dropped = _hops(sharing).to_nodes(Rows(x, expert_ids.astype(narrow), gates), sharing)
-    return rows, (way, dropped)
+    return _hops(sharing).to_nodes(Rows(x, expert_ids.astype(narrow), gates), sharing)
 
 
 def _work(expert_ffn: ExpertFFN, arrived: Rows, sharing: Sharing):
@@ -100,9 +97,15 @@ def _work(expert_ffn: ExpertFFN, arrived: Rows, sharing: Sharing):
     return hops.from_devices(combine_sparse_rows(results, grouped.gates, grouped.where), way, sharing)
 
 
-def _collect(results: jax.Array, kept, sharing: Sharing):
-    way, dropped = kept
-    return _hops(sharing).from_nodes(results, way, sharing), dropped
+def _collect(results: jax.Array, way, sharing: Sharing):
+    return _hops(sharing).from_nodes(results, way, sharing)
 
 
-HALO2_DEDUP = Dispatcher(name="halo2_dedup", send=_send, work=_work, collect=_collect)
+HALO2_DEDUP = Dispatcher(
+    name="halo2_dedup",
+    num_rows=lambda sharing: _hops(sharing).num_copies(sharing),
+    admit=lambda expert_ids, sharing: limited.admit(expert_ids, sharing) if sharing.capacity_factor else None,
+    send=_send,
+    work=_work,
+    collect=_collect,
+)

@@ -1,9 +1,10 @@
-"""The journeys of rows to nodes and on to devices where both accept only so many, and what is dropped for that.
+"""The journeys of rows to nodes and on to devices where both accept only so many at a time.
 
 Of the T tokens of a device, a node accepts C2 = ceil(c T n / N) and each of its devices C3 = ceil(c T d / P), with n
 the nodes and d the devices that the experts of a token are expected on when routing is even; these, at a device, may
-have ceil(c T k / P) copies for its experts. A token that finds no room on a device loses its copies there, later
-tokens first. Dropping is decided at the source, each limit counted for itself, so that nothing that travels is lost.
+have ceil(c T k / P) copies for its experts, or those of one token if that is more. A token that finds no room on a
+device has no copies travel there, later tokens first. That is decided at the source, each limit counted for itself, so
+that nothing that travels is lost.
 """
 
 import math
@@ -19,7 +20,6 @@ from piperjax.runtime.dispatcher import Sharing
 from piperjax.runtime.group_rows import count_by_group, fill_bins, has_group
 from piperjax.runtime.message import Rows, exchange
 from piperjax.runtime.permute import Places, collect_rows, spread_rows, take
-from piperjax.runtime.varying import vary_like
 
 
 class Limits(NamedTuple):
@@ -39,7 +39,8 @@ def limits(sharing: Sharing) -> Limits:
 
     node = share(T * expected_nodes(E, k, sharing.num_nodes) / sharing.num_nodes, T)
     device = share(T * expected_nodes(E, k, P) / P, T)
-    return Limits(node, device, share(T * k / P, device * min(k, sharing.experts_per_device)))
+    of_token = min(k, sharing.experts_per_device)
+    return Limits(node, device, max(of_token, share(T * k / P, device * of_token)))
 
 
 def num_copies(sharing: Sharing) -> int:
@@ -47,18 +48,15 @@ def num_copies(sharing: Sharing) -> int:
     return sharing.num_devices * limits(sharing).copies
 
 
-def to_nodes(rows: Rows, sharing: Sharing) -> tuple[Rows, Places, jax.Array]:
-    """Rows [N C2, ...] for this node from the devices of its local index in all nodes; where they were; drops."""
+def to_nodes(rows: Rows, sharing: Sharing) -> tuple[Rows, Places]:
+    """Rows [N C2, ...] for this node from the devices of its local index in all nodes, and where they were."""
     nodes, _ = split_axes(sharing.axes)
     N = sharing.num_nodes
-    kept = _first_come(rows.expert_ids, sharing)
-    dropped = vary_like((~kept).sum(dtype=jnp.float32), rows.x)
-    expert_ids = jnp.where(kept, rows.expert_ids, sharing.num_experts)
-    mask = has_group(expert_ids // (sharing.num_experts // N), N)
+    mask = has_group(rows.expert_ids // (sharing.num_experts // N), N)
     bins = fill_bins(mask, limits(sharing).node)
     group = lax.iota(jnp.int32, N)[:, None]
     where = Places((bins.member * N + group).reshape(-1), bins.live.reshape(-1), bins.place.T, mask.T)
-    return _sent(Rows(rows.x, expert_ids, rows.gates), where, nodes, sharing), where, dropped
+    return _sent(rows, where, nodes, sharing), where
 
 
 def to_devices(rows: Rows, sharing: Sharing) -> tuple[Rows, Places]:
@@ -99,10 +97,12 @@ def _returned(sums: jax.Array, where: Places, axes: tuple[str, ...]) -> jax.Arra
     return collect_rows(FLAT.move(sums, axes), where)
 
 
-def _first_come(expert_ids: jax.Array, sharing: Sharing) -> jax.Array:
-    """Which copies [T, k] are kept."""
-    P, N, limit = sharing.num_devices, sharing.num_nodes, limits(sharing)
-    device_of = expert_ids.astype(jnp.int32) // sharing.experts_per_device
+def admit(expert_ids: jax.Array, sharing: Sharing) -> jax.Array | None:
+    """Which copies [T, k] find room; None if there is always room."""
+    P, N, limit, most = sharing.num_devices, sharing.num_nodes, limits(sharing), sharing.num_tokens
+    if limit == (most, most, most * min(sharing.experts_per_token, sharing.experts_per_device)):
+        return None
+    device_of = expert_ids // sharing.experts_per_device
     counts = count_by_group(device_of, P)  # [P, T]
     wanted = (counts > 0).astype(jnp.int32)
     wanted_of_node = wanted.reshape(N, P // N, -1).max(1)
@@ -111,5 +111,6 @@ def _first_come(expert_ids: jax.Array, sharing: Sharing) -> jax.Array:
         & (jnp.cumsum(counts, axis=1, dtype=jnp.int32) <= limit.copies)
         & jnp.repeat(jnp.cumsum(wanted_of_node, axis=1, dtype=jnp.int32) <= limit.node, P // N, axis=0)
     )
-    T = sharing.num_tokens
-    return take(fits.reshape(-1), device_of * T + lax.iota(jnp.int32, T)[:, None])
+    T = len(expert_ids)
+    found = take(fits.reshape(-1), jnp.minimum(device_of, P - 1) * T + lax.iota(jnp.int32, T)[:, None])
+    return found & (device_of < P)

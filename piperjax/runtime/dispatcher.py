@@ -23,7 +23,7 @@ class Sharing:
       num_experts: physical experts E. Device p of P holds experts p E/P to (p + 1) E/P - 1.
       experts_per_token: distinct experts k that a token takes.
       num_tokens: tokens T of a device.
-      capacity_factor: rows that a device accepts from another, over the balanced number; 0 drops nothing.
+      capacity_factor: rows that a device accepts from another at a time, over the balanced number; 0 accepts all.
     """
 
     axes: tuple[str, ...]
@@ -60,17 +60,25 @@ class Sharing:
 class Dispatcher:
     """A way to bring rows to their experts and results back, in stages that can run beside those of other tokens.
 
-    All stages run per device. What they hand on are trees of arrays.
+    All stages run per device. What they hand on are trees of arrays. Of the expert ids [T, k], which are those of
+    physical experts, E itself stands for a copy that does not travel.
 
     Attributes:
       name: what a plan calls it.
-      send: (x [T, D], expert_ids [T, k] of physical experts, gates [T, k], sharing) -> (what arrives, what `collect`
-        must remember).
+      num_rows: sharing -> rows of the buffer for the experts of a device, dead places included.
+      admit: (expert_ids, sharing) -> which copies find room [T, k] bool, at least one if any is to travel; None if
+        there is always room for all.
+      send: (x [T, D], expert_ids, gates [T, k], sharing) -> (what arrives, what `collect` must remember), where all
+        copies find room.
       work: (expert_ffn, what arrived, sharing) -> results that are ready to travel.
-      collect: (results, what `send` remembered, sharing) -> (y [T, D], rows dropped here as a float32 scalar).
+      collect: (results, what `send` remembered, sharing) -> y [T, D].
+      waits_for_all: whether its messages wait for all devices of a mesh, not only for those that share the experts.
     """
 
     name: str
+    num_rows: Callable[[Sharing], int]
+    admit: Callable[[jax.Array, Sharing], jax.Array | None]
     send: Callable[[jax.Array, jax.Array, jax.Array, Sharing], tuple[Any, Any]]
     work: Callable[[ExpertFFN, Any, Sharing], Any]
-    collect: Callable[[Any, Any, Sharing], tuple[jax.Array, jax.Array]]
+    collect: Callable[[Any, Any, Sharing], jax.Array]
+    waits_for_all: bool = False
