@@ -128,14 +128,14 @@ def assert_close(found, expected, relative):
     assert np.abs(found - expected).max() <= relative * np.abs(expected).max() + 1e-30
 
 
-def check(case, run, rng, *, forward=1e-6, backward=1e-5, kept_of=None, routings=ROUTINGS):
-    """Compares with the truth under every routing; `kept_of` says which slots are not dropped, given their experts."""
+def check(case, run, rng, *, forward=1e-6, backward=1e-5, kept_of=None, overflow="drop", routings=ROUTINGS):
+    """Compares with the truth under every routing; `kept_of` says which slots find room, given their experts."""
     for routing in routings:
         arrays = case.arrays(rng)
         ids = route(rng, routing, len(arrays["x"]), case.E, case.k)
         kept = kept_of(ids) if kept_of else np.ones(ids.shape, bool)
         (y, dropped), grads = run(arrays, ids)
-        expected, expected_grads = truth(arrays, ids, kept)
+        expected, expected_grads = truth(arrays, ids, kept if overflow == "drop" else None)
         assert_close(y, expected, forward)
         for found, wanted in zip(grads, expected_grads, strict=True):
             assert found.dtype == case.dtype

@@ -23,8 +23,8 @@ class LayerContext:
       segment_ids: [B, S] int32, equal for tokens of one document.
       router_bias: [E] float32, the balancing bias of this layer.
       experts: (expert_ffn, x [T, D], expert_ids [T, k] int32, gates [T, k], num_experts)
-        -> (y [T, D], dropped): sends tokens to their experts, adds up what comes back weighted by the gates,
-        and says how many of the T * k rows were dropped. `expert_ffn(rows [R, D], group_sizes [G] int32)
+        -> (y [T, D], overflow): sends tokens to their experts, adds up what comes back weighted by the gates,
+        and says how many of the T * k rows found no room at first. `expert_ffn(rows [R, D], group_sizes [G] int32)
         -> [R, D]` applies G experts to contiguous groups of rows; rows past sum(group_sizes) mean nothing.
       grouped_matmul: (x [R, D], w [G, D, F], group_sizes [G] int32) -> [R, F].
       all_sum: sums an array over the devices that share the microbatch.

@@ -133,9 +133,9 @@ class MixtureOfExperts(nnx.Module):
         def expert_ffn(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
             return self.experts(rows, group_sizes, context)
 
-        routed, dropped = context.experts(expert_ffn, tokens, expert_ids, gates, E)
+        routed, overflow = context.experts(expert_ffn, tokens, expert_ids, gates, E)
         y = routed.astype(x.dtype).reshape(B, S, D) + self._shared_experts(x)
-        return y, aux, {"load": load, "dropped": dropped}
+        return y, aux, {"load": load, "overflow": overflow}
 
     def _shared_experts(self, x: jax.Array) -> jax.Array | float:
         """Returns what the shared experts add, [B, S, D], or 0.0 without any."""

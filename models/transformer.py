@@ -56,7 +56,7 @@ class DecoderLayer(nnx.Module):
                 y, aux = self.ffn(normed), jnp.zeros((), at_least_float32(x.dtype))
                 stats = {
                     "load": jnp.zeros(self.num_experts, jnp.float32),
-                    "dropped": jnp.zeros((), jnp.float32),
+                    "overflow": jnp.zeros((), jnp.float32),
                 }
             if self.has_dense_residual:
                 y = y + self.dense_residual(rms_norm(x, self.dense_residual_norm[...], self.norm_eps))
@@ -68,7 +68,7 @@ def layer_function(config: ModelConfig, kind: str) -> LayerFunction:
 
     `params` is the nested dict of one layer; expert weights may be the share of a device. `aux` is this
     device's share of the auxiliary loss, a scalar in at least float32. `stats` is `{"load": [E] float32, rows
-    that this device's tokens send to each expert, "dropped": scalar float32}`, zeros for a dense layer.
+    that this device's tokens send to each expert, "overflow": scalar float32}`, zeros for a dense layer.
     """
     graph, _ = _declared(config, kind)
 

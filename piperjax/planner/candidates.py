@@ -32,6 +32,7 @@ WISHES = (
     "dispatch",
     "dispatch_chunks",
     "capacity_factor",
+    "overflow",
     "vocabulary",
     "overlap",
 )

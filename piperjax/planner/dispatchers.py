@@ -101,14 +101,19 @@ def check_pipe(dispatcher: str, pipe: int) -> None:
         )
 
 
-def check_overflow(overflow: str) -> None:
-    """Checks that there is such a treatment of rows beyond a capacity factor.
+def check_overflow(overflow: str, capacity_factor: float) -> None:
+    """Checks that there is such a treatment of rows beyond a capacity factor, and a factor if it needs one.
 
     Raises:
       ValueError: if there is not.
     """
     if overflow not in OVERFLOW:
         raise ValueError(f"overflow must be one of {', '.join(OVERFLOW)}, got {overflow!r}")
+    if overflow == "passes" and not capacity_factor:
+        raise ValueError(
+            "overflow 'passes' needs a capacity_factor, the size of buffers over the balanced number of rows, got 0, "
+            "which makes them so large that one pass is enough; set capacity_factor, such as 1.25, or leave overflow"
+        )
 
 
 def check_chunks(dispatcher: str, chunks: int, tokens: int | None = None) -> None:

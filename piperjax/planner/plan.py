@@ -6,7 +6,7 @@ from typing import Any
 from meshes.platform import Platform
 from models import cost
 from models.config import ModelConfig
-from piperjax.planner.dispatchers import check_chunks, check_pipe
+from piperjax.planner.dispatchers import check_chunks, check_overflow, check_pipe
 from piperjax.planner.partition import partition_model
 from piperjax.schedules import registry
 from piperjax.schedules.filling import RECOMPUTING_UNITS, UNITS
@@ -41,7 +41,8 @@ class Plan:
       dispatch: name of the dispatcher.
       dispatch_chunks: parts in which the tokens of a microbatch travel to their experts, so that one is on its way
         while another is at its experts.
-      capacity_factor: rows per destination over the balanced number; 0 means dropless.
+      capacity_factor: rows per destination over the balanced number that buffers have places for; 0 means for all.
+      overflow: what becomes of rows for which there is no place: "drop" them, or let them travel in later "passes".
       vocabulary: embedding, head and loss "split" over the pipe ranks, or "whole" on the ranks of the first and last
         stage. Split stores 1 / pipe of them and makes no stage slower, for four exchanges of activations.
       overlap: run the forward and the backward of a tick in one loop, so that the compiler can hide the all-to-all of
@@ -61,6 +62,7 @@ class Plan:
     dispatch: str = "flat"
     dispatch_chunks: int = 1
     capacity_factor: float = 0.0
+    overflow: str = "drop"
     num_chunks: int = 0
     overlap: bool = False
     vocabulary: str = "split"
@@ -84,6 +86,7 @@ class Plan:
             raise ValueError(f"vocabulary must be one of {', '.join(VOCABULARY)}, got {self.vocabulary!r}")
         if self.capacity_factor < 0:
             raise ValueError(f"capacity_factor must be 0 (dropless) or positive, got {self.capacity_factor}")
+        check_overflow(self.overflow, self.capacity_factor)
         self._check_batch()
         check_chunks(self.dispatch, self.dispatch_chunks, self.tokens_per_device)
         check_pipe(self.dispatch, self.pipe)
@@ -210,6 +213,7 @@ def default_plan(
     dispatch: str = "flat",
     dispatch_chunks: int = 1,
     capacity_factor: float = 0.0,
+    overflow: str = "drop",
     num_chunks: int = 0,
     overlap: bool = False,
     vocabulary: str = "split",
@@ -266,6 +270,7 @@ def default_plan(
         dispatch=dispatch,
         dispatch_chunks=dispatch_chunks,
         capacity_factor=capacity_factor,
+        overflow=overflow,
         num_chunks=num_chunks,
         overlap=overlap,
         vocabulary=vocabulary,

@@ -9,6 +9,7 @@ from meshes.platform import load_platform
 from models.presets import named_model
 from piperjax.planner import report
 from piperjax.planner.candidates import WISHES, Question
+from piperjax.planner.dispatchers import OVERFLOW
 from piperjax.planner.explain import explain, variations
 from piperjax.planner.network import DISPATCHERS, EXECUTABLE
 from piperjax.planner.remedies import USUAL_CAPACITY_FACTOR
@@ -33,6 +34,7 @@ FLAGS = {
     "dispatch": "dispatch",
     "dispatch_chunks": "dispatch_chunks",
     "capacity_factor": "capacity_factor",
+    "overflow": "overflow",
 }
 
 
@@ -80,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="rows that a device accepts over the balanced number; 0 drops none (default 0, or "
         f"{USUAL_CAPACITY_FACTOR} if nothing fits otherwise)",
+    )
+    wishes.add_argument(
+        "--overflow",
+        choices=OVERFLOW,
+        help="whether rows beyond the capacity factor are dropped or travel in later passes",
     )
     wishes.add_argument("--dispatch", metavar="NAME", help=f"dispatcher of rows: {', '.join(DISPATCHERS)}")
     wishes.add_argument(
@@ -204,7 +211,7 @@ def parsed_sizes(text: str) -> Mapping[str, Any]:
                 f"--explain takes fields of a plan such as pipe=8,expert=32, got {text!r}; "
                 f"fields are {', '.join(WISHES)}"
             )
-        if name in ("schedule", "memory_mode", "dispatch", "vocabulary"):
+        if name in ("schedule", "memory_mode", "dispatch", "vocabulary", "overflow"):
             fields[name] = value
         elif name == "capacity_factor":
             fields[name] = _number(float, name, value)

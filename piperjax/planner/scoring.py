@@ -102,6 +102,7 @@ class Scores:
             dispatch=way.dispatch,
             dispatch_chunks=way.chunks,
             capacity_factor=question.wished.get("capacity_factor", 0.0),
+            overflow=question.wished.get("overflow", "drop"),
         )
 
 

@@ -66,7 +66,7 @@ def make_experts(
         )
     if chunks < 1:
         raise ValueError(f"dispatch_chunks must be at least 1, got {chunks}")
-    check_overflow(overflow)
+    check_overflow(overflow, capacity_factor)
     table = None if physical_of_logical is None else _table(physical_of_logical)
 
     def experts(expert_ffn, x, expert_ids, gates, num_experts):

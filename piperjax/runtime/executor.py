@@ -36,14 +36,14 @@ class StepStats(NamedTuple):
       aux_loss: auxiliary losses, mean over microbatches of the sum over layers.
       num_tokens: weight of all positions that count in the loss.
       load: `[num_moe_layers, E]` rows routed to each expert.
-      dropped: rows dropped by a capacity limit.
+      overflow: rows beyond the limit of a capacity factor.
     """
 
     loss: jax.Array
     aux_loss: jax.Array
     num_tokens: jax.Array
     load: jax.Array
-    dropped: jax.Array
+    overflow: jax.Array
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Executor:
             return step.run(params, router_bias, batch, table, columns)
 
         stats_specs = (P(), P(), P(), P(PIPE), P())
-        grads, (loss, aux, num_tokens, load, dropped) = jax.shard_map(
+        grads, (loss, aux, num_tokens, load, overflow) = jax.shard_map(
             body,
             mesh=self.mesh,
             in_specs=(param_specs, P(), P(None, BATCH, None), P(PIPE), (P(None, PIPE), P())),
@@ -207,7 +207,7 @@ class Executor:
             check_vma=True,
         )(params, router_bias, {name: batch[name] for name in BATCH_FIELDS}, table, columns)
         load = load.reshape(self.layout.layer.size, self.config.num_experts)[self._moe_places]
-        return grads, StepStats(loss, aux / batch["tokens"].shape[0], num_tokens, load, dropped)
+        return grads, StepStats(loss, aux / batch["tokens"].shape[0], num_tokens, load, overflow)
 
     @cached_property
     def _moe_places(self) -> np.ndarray:

@@ -86,7 +86,7 @@ class Result(NamedTuple):
     y: jax.Array
     aux: jax.Array
     load: jax.Array
-    dropped: jax.Array
+    overflow: jax.Array
 
 
 class LayerPasses:
@@ -130,7 +130,7 @@ class LayerPasses:
 
         def layer(weights, x, surroundings):
             y, aux, stats = function(weights, x, context_of(surroundings))
-            return vary((y, aux)), vary((stats["load"], stats["dropped"]))
+            return vary((y, aux)), vary((stats["load"], stats["overflow"]))
 
         if not trains:
 

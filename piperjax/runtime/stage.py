@@ -36,12 +36,12 @@ class Totals(NamedTuple):
     Attributes:
       aux: this device's share of the auxiliary losses, summed over layers and microbatches.
       load: `[chunk, position, E]` rows routed to each expert.
-      dropped: rows dropped by a capacity limit.
+      overflow: rows beyond the limit of a capacity factor.
     """
 
     aux: jax.Array
     load: jax.Array
-    dropped: jax.Array
+    overflow: jax.Array
 
 
 class LayerTable(NamedTuple):
@@ -147,9 +147,9 @@ class Stage:
                 ]
                 filled = {**stash, kind: written}
             if totals is not None:
-                _, aux, load, dropped = vary(result)
+                _, aux, load, overflow = vary(result)
                 load = slots.add(totals.load, load, place.chunk, position)
-                counted = Totals(totals.aux + aux, load, totals.dropped + dropped)
+                counted = Totals(totals.aux + aux, load, totals.overflow + overflow)
             return vary(result.y), counted, filled
 
         call = self.passes[kind].forward(self._weights(kind, place.chunk, index), x, surroundings)

@@ -104,13 +104,13 @@ class Step:
           columns: rank columns `[ticks, 1, ...]` and tick columns `[ticks]` of the lowered schedule, by name.
 
         Returns:
-          Gradients at rest (empty without backward), and (loss, aux loss, tokens, load, dropped).
+          Gradients at rest (empty without backward), and (loss, aux loss, tokens, load, overflow).
         """
         scan = _Scan(self, self._compute_copy(params), vary(router_bias), batch, table)
         rank_columns = {name: column[:, 0] for name, column in columns[0].items()}
         carry, _ = lax.scan(scan.tick, scan.initial_carry(), (rank_columns, columns[1]))
         grads = self._reduced(carry.grads) if self.lowered.has_backward else {}
-        sums = [lax.psum(value, AXES) for value in (carry.loss, carry.totals.aux, carry.totals.dropped)]
+        sums = [lax.psum(value, AXES) for value in (carry.loss, carry.totals.aux, carry.totals.overflow)]
         load = lax.psum(carry.totals.load, BATCH)[None]
         return grads, (sums[0], sums[1], scan.num_tokens, load, sums[2])
 
@@ -162,7 +162,12 @@ class _Scan:
         # Only then is a backward independent of the forward of its tick.
         self.overlaps = self.plan.overlap and self.lowered.has_backward and self.lowered.head_comes_first
         self.experts = make_experts(
-            self.plan.dispatch, EXPERT, self.plan.capacity_factor, chunks=self.plan.dispatch_chunks
+            self.plan.dispatch,
+            EXPERT,
+            self.plan.capacity_factor,
+            chunks=self.plan.dispatch_chunks,
+            overflow=self.plan.overflow,
+            splits=self.lowered.num_tap_slots > 0,
         )
         functions = step.layer_functions or {
             kind: transformer.layer_function(self.config, kind) for kind in self.config.kinds

@@ -81,6 +81,8 @@ def _count(number: int, noun: str) -> str:
 def _dispatch(plan: Plan) -> str:
     chunks = f" in {plan.dispatch_chunks} chunks" if plan.dispatch_chunks > 1 else ""
     capacity = f"capacity factor {plan.capacity_factor:g}" if plan.capacity_factor else "dropless"
+    if plan.overflow == "passes":
+        capacity += ", the rest in later passes"
     return f"{plan.dispatch} dispatch{chunks}, {capacity}"
 
 

@@ -215,6 +215,7 @@ def _prepare(
             num_devices=len(devices),
             peak_flop_per_second=platform.device.known_peak(config.dtype) or 0.0,
             predicted_step_seconds=prediction.step_seconds or 0.0,
+            overflow=plan.overflow,
             all_to_all_bytes=dispatch_bytes(config.model, plan, dtype=config.dtype),
         ),
         checkpoints=checkpoints,

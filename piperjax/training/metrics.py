@@ -19,6 +19,11 @@ Record = dict[str, Any]
 METRICS_FILE = "metrics.jsonl"
 
 
+# What a record calls rows beyond a capacity factor, by what becomes of them, and what a line calls them.
+OVERFLOW_FIELDS = {"drop": "dropped_fraction", "passes": "later_fraction"}
+OVERFLOW_WORDS = (("dropped", "dropped_fraction"), ("later", "later_fraction"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What a step amounts to, to turn seconds into rates.
@@ -29,6 +34,7 @@ class Work:
       num_devices: devices of the mesh.
       peak_flop_per_second: matmul rate of one device in the run's dtype; 0 if the platform does not say.
       predicted_step_seconds: what the planner expects of a step; 0 if the platform says too little.
+      overflow: what becomes of rows beyond a capacity factor, as in a plan.
       all_to_all_bytes: bytes of rows that a device sends to experts and back, by how far (`planner/sent_bytes.py`).
     """
 
@@ -37,6 +43,7 @@ class Work:
     num_devices: int
     peak_flop_per_second: float
     predicted_step_seconds: float = 0.0
+    overflow: str = "drop"
     all_to_all_bytes: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -60,7 +67,7 @@ def step_record(metrics: StepMetrics, *, step: int, step_seconds: float, work: W
         "tokens_per_second": work.tokens / step_seconds,
         "flop_per_second_per_device": flop_per_second,
         "load_imbalance": [round(float(value), 4) for value in imbalance],
-        "dropped_fraction": float(metrics.dropped) / routed if routed else 0.0,
+        OVERFLOW_FIELDS[work.overflow]: float(metrics.overflow) / routed if routed else 0.0,
     }
     if work.all_to_all_bytes:
         record["all_to_all_bytes"] = dict(work.all_to_all_bytes)
@@ -96,7 +103,7 @@ def step_line(record: Record, *, num_steps: int) -> str:
         parts.append(f"MFU {record['mfu']:.1%}")
     if record["load_imbalance"]:
         parts.append(f"load {max(record['load_imbalance']):.2f}x mean")
-        parts.append(f"dropped {record['dropped_fraction']:.1%}")
+        parts += [f"{word} {record[name]:.1%}" for word, name in OVERFLOW_WORDS if name in record]
     if sent := record.get("all_to_all_bytes"):
         parts.append("all-to-all " + ", ".join(f"{gib(sent[level])} {level}" for level in sent))
     if "peak_memory_bytes" in record:

@@ -261,7 +261,7 @@ def _kept(resumed: Plan, wished: Mapping[str, Any], *, fits: bool) -> dict[str, 
 
     Where only the schedule or the microbatches were asked to change, the rest stays too.
     """
-    names = {"capacity_factor"}
+    names = {"capacity_factor", "overflow"}
     if fits:
         names = set(WISHES) - {"overlap"}
         names -= {"num_chunks"} if "schedule" in wished else set()

@@ -65,7 +65,7 @@ class StepMetrics(NamedTuple):
       learning_rate: the rate that was applied.
       num_tokens: positions that counted in the loss.
       load: `[num_moe_layers, E]` rows routed to each expert.
-      dropped: rows dropped by a capacity limit.
+      overflow: rows beyond the limit of a capacity factor.
       stop: 1 if any process was asked to stop, else 0.
     """
 
@@ -75,7 +75,7 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
     num_tokens: jax.Array
     load: jax.Array
-    dropped: jax.Array
+    overflow: jax.Array
     stop: jax.Array
 
 
@@ -144,7 +144,7 @@ def make_train_step(executor: Executor, config: TrainConfig) -> Callable[..., tu
             learning_rate=update.learning_rate,
             num_tokens=stats.num_tokens,
             load=stats.load,
-            dropped=stats.dropped,
+            overflow=stats.overflow,
             stop=stop.max(),
         )
         state = TrainState(

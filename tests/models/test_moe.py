@@ -220,7 +220,7 @@ def test_load_counts_every_row(changes):
     _, _, stats = jax.jit(lambda params, x: layer(params, x, context()))(params, x)
     assert stats["load"].shape == (E,) and stats["load"].dtype == jnp.float32
     assert np.sum(stats["load"]) == T * K
-    assert stats["dropped"] == 0
+    assert stats["overflow"] == 0
 
 
 def test_router_ignores_the_dtype_of_the_activations():

@@ -331,7 +331,7 @@ def test_bfloat16_layers_stay_bfloat16_and_losses_float32():
             layer = functools.partial(layer_function(config, kind), context=context)
             y, aux, stats = jax.eval_shape(layer, one_layer, x)
             assert (y.dtype, aux.dtype, stats["load"].dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
-            assert stats["load"].shape == (E,) and stats["dropped"].shape == ()
+            assert stats["load"].shape == (E,) and stats["overflow"].shape == ()
     low = reference_step(config, params, router_bias(config), batch())
     full = reference_step(config, random_params(config), router_bias(config), batch())
     assert low.loss.dtype == jnp.float32

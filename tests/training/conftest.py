@@ -30,7 +30,7 @@ class Stats(NamedTuple):
     aux_loss: Any
     num_tokens: Any
     load: Any
-    dropped: Any
+    overflow: Any
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def make_metrics(**changes):
         learning_rate=np.float32(3e-4),
         num_tokens=np.float32(2040),
         load=np.array([[4, 0, 2, 2], [2, 2, 2, 2]], np.float32),
-        dropped=np.float32(4),
+        overflow=np.float32(4),
         stop=np.int32(0),
     )
     return StepMetrics(**(values | changes))
