@@ -161,13 +161,9 @@ class _Scan:
         self.vocabulary_axis = axis_of(self.plan.vocabulary)
         # Only then is a backward independent of the forward of its tick.
         self.overlaps = self.plan.overlap and self.lowered.has_backward and self.lowered.head_comes_first
+        passes = dict(overflow=self.plan.overflow, splits=self.lowered.num_tap_slots > 0)
         self.experts = make_experts(
-            self.plan.dispatch,
-            EXPERT,
-            self.plan.capacity_factor,
-            chunks=self.plan.dispatch_chunks,
-            overflow=self.plan.overflow,
-            splits=self.lowered.num_tap_slots > 0,
+            self.plan.dispatch, EXPERT, self.plan.capacity_factor, chunks=self.plan.dispatch_chunks, **passes
         )
         functions = step.layer_functions or {
             kind: transformer.layer_function(self.config, kind) for kind in self.config.kinds
@@ -185,14 +181,13 @@ class _Scan:
 
     def _passes(self, kind: str, function, policy) -> LayerPasses:
         weights = jax.tree.map(lambda leaf: leaf[0, 0], self.params["layers"][kind])
-        first = np.int32(0)
         return LayerPasses(
             function,
             policy,
             self._context,
             weights,
             self.x,
-            self._surroundings_of(first)(first),
+            self._surroundings_of(np.int32(0))(np.int32(0)),
             trains=self.lowered.has_backward,
             splits=self.lowered.num_tap_slots > 0,
         )
