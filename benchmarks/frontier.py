@@ -2,7 +2,7 @@
 
 Where a row does not say how the devices were divided, two answers must reach what was published and should not exceed
 it by more than half: the best division of the devices for the framework that ran, and our planner's best plan for our
-own executor, which keeps more state (float32 gradients and masters) and pads what it sends.
+own executor, which keeps more state (float32 gradients) and pads what it sends.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,9 +15,11 @@ from benchmarks.records import BRIDGE_STREAMS, DROPPING, UnknownRowError, model_
 from meshes.axes import divisors
 from models import cost
 from models.config import LayerConfig, ModelConfig, MoEFFN
+from piperjax.planner.candidates import Question
+from piperjax.planner.dispatchers import EXECUTABLE, Way
 from piperjax.planner.layer_time import layer_seconds
-from piperjax.planner.network import DISPATCHERS
-from piperjax.planner.search import search
+from piperjax.planner.remedies import USUAL_CAPACITY_FACTOR
+from piperjax.planner.search import answer
 
 # Tokens per device of the single layers, which are not published.
 SINGLE_LAYER_TOKENS = 16_384
@@ -38,6 +40,7 @@ class System:
       capacity: slots of the experts over rows.
       mask: whether it keeps a one-hot mask [tokens, experts, slots].
       pipelines: whether layers can be divided over pipe ranks.
+      replicates: whether experts may be on more than one expert axis, or pipe x expert is all of the devices.
       tensor: largest number of devices that share heads.
       divides_experts: whether these share the weights of experts, too; rows are on each of them.
       recomputes: whether layers may be recomputed.
@@ -48,6 +51,7 @@ class System:
     capacity: float = 1.0
     mask: bool = False
     pipelines: bool = False
+    replicates: bool = True
     tensor: int = 1
     divides_experts: bool = False
     recomputes: bool = True
@@ -64,7 +68,8 @@ SYSTEMS = {
     "Tutel": System(rows=3, capacity=1.25, recomputes=False),
     "X-MoE": System(rows=2, tensor=8),
     "theory": System(rows=2),
-    "Piper": System(rows=2, pipelines=True, software=STATIC),
+    # Its planner's rule: PP x EP = devices, data parallelism is inside EP (section 4 of the paper).
+    "Piper": System(rows=2, pipelines=True, replicates=False, software=STATIC),
 }
 
 
@@ -213,6 +218,8 @@ def _divisions(
         if (pipe > 1 and not system.pipelines) or pipe > model.num_layers or tensor > system.tensor:
             continue
         for expert in divisors(model.num_experts):
+            if not system.replicates and pipe * expert != devices:
+                continue
             try:
                 yield Run(
                     model=model,
@@ -290,27 +297,29 @@ def _best_division(model: ModelConfig, row: Mapping[str, Any], system: System, s
 
 
 def _own_plan(model: ModelConfig, row: Mapping[str, Any], devices: int, seq_len: int) -> Outcome:
-    """What the planner finds for our executor, with dispatchers that are planned but not yet executable, too."""
+    """What `python -m piperjax plan` prints: without dropping rows, and with a capacity factor if nothing fits so."""
     label = f"{row.get('strategy', 'Piper')} {row['model']} {devices} devices"
     batch = row.get("gbs") or -(-GLOBAL_BATCH // devices) * devices
+    question = Question(
+        model=model,
+        platform=platform_of(row["hw"]),
+        num_devices=devices,
+        batch_size=batch,
+        seq_len=seq_len,
+        dispatchers=EXECUTABLE,
+    )
     try:
-        best = search(
-            model,
-            platform_of(row["hw"]),
-            devices,
-            batch_size=batch,
-            seq_len=seq_len,
-            dispatchers=tuple(DISPATCHERS),
-            keep=1,
-        ).best
+        best = answer(question, keep=1, capacity_factor=USUAL_CAPACITY_FACTOR).best
     except ValueError as error:
         note = str(error).partition(";")[0]
         return Outcome(label=label, kind="own planner", published=row["tflops"], predicted=0.0, note=note)
     plan = best.plan
+    limit = f", capacity factor {plan.capacity_factor:g}" if plan.capacity_factor else ""
     return Outcome(
         label=label,
         kind="own planner",
         published=row["tflops"],
         predicted=best.time.flop_per_second / 1e12,
-        note=f"pipe {plan.pipe}, expert {plan.expert}, {plan.schedule}, {plan.memory_mode}, {plan.dispatch}",
+        note=f"pipe {plan.pipe}, expert {plan.expert}, {plan.schedule}, {plan.memory_mode}, "
+        f"{Way(plan.dispatch, plan.dispatch_chunks)}{limit}",
     )

@@ -23,15 +23,16 @@ from piperjax.planner.candidates import (
 )
 from piperjax.planner.collectives import ALGORITHMS
 from piperjax.planner.dispatchers import Way, named
-from piperjax.planner.kept import Share
+from piperjax.planner.kept import Share, kept_bytes
 from piperjax.planner.layer_time import LayerSeconds, layer_seconds
 from piperjax.planner.network import axis_group, permute
 from piperjax.planner.partition import partition_layers
 from piperjax.planner.plan import Plan
 from piperjax.planner.shared_cores import at_once
 from piperjax.planner.step_end import itemsize_of, step_end_seconds
-from piperjax.planner.storage import kinds_of
+from piperjax.planner.storage import kinds_of, storage
 from piperjax.planner.timing import vocabulary_exchange_seconds, vocabulary_seconds
+from piperjax.planner.workspace import Backend, layer_backward
 
 
 class Cell(NamedTuple):
@@ -68,8 +69,8 @@ def groups(question: Question, meshes: list[Mesh]) -> Iterator[list[Cell]]:
         for number in microbatch_counts(question, mesh):
             tokens = question.tokens_per_step // (mesh.data * mesh.expert * number)
             if candidates := ways_on(question, mesh, tokens):
-                cell = _cell(question, index, mesh, number, candidates=candidates)
-                groups.setdefault((mesh.pipe, number), []).append(cell)
+                found = _cells(question, index, mesh, number, candidates=candidates)
+                groups.setdefault((mesh.pipe, number), []).extend(found)
     yield from groups.values()
 
 
@@ -96,9 +97,10 @@ def _is_plainer(other: Way, way: Way) -> bool:
     return alike and ALGORITHMS.index(one.algorithm) < ALGORITHMS.index(two.algorithm)
 
 
-def _cell(
+def _cells(
     question: Question, index: int, mesh: Mesh, num_microbatches: int, *, candidates: tuple[Way, ...]
-) -> Cell:
+) -> list[Cell]:
+    """With the quickest way of dispatch, and with the leanest if that is another."""
     model, platform, dtype = question.model, question.platform, question.dtype
     sequences = question.batch_size // (mesh.data * mesh.expert * num_microbatches)
     share = Share(
@@ -112,7 +114,7 @@ def _cell(
         _simplest_plan(question, mesh, num_microbatches, placed)
         for placed in vocabularies(question, mesh.pipe)
     ]
-    way, layers = _layers(question, share, plans[0].expert_factors, candidates)
+    nodes = prod(plans[0].expert_factors[:2])
     activation = share.tokens * model.d_model * itemsize_of(dtype)
     outer = [sum(vocabulary_seconds(model, plan, platform, dtype=dtype).values()) for plan in plans]
     # One for the embedding, three for the head, one for the gradient of the embedding.
@@ -121,23 +123,25 @@ def _cell(
     reduction, optimizer = step_end_seconds(model, plans[0], platform, dtype=dtype)
     if platform.device.concurrent_devices is not None:
         optimizer = at_once(platform, question.num_devices * optimizer)
-    return Cell(
-        index=index,
-        mesh=mesh,
-        num_microbatches=num_microbatches,
-        way=way,
-        layers=layers,
-        transfer=2 * permute(platform, axis_group(plans[0], "pipe"), activation).seconds,
-        outer=np.array(outer),
-        outer_exchange=exchanges * np.array(exchange),
-        step_end=reduction + optimizer,
-        share=replace(
-            share,
-            nodes=prod(plans[0].expert_factors[:2]),
-            dispatch=way.dispatch,
-            dispatch_chunks=way.chunks,
-        ),
-    )
+    return [
+        Cell(
+            index=index,
+            mesh=mesh,
+            num_microbatches=num_microbatches,
+            way=way,
+            layers=layers,
+            transfer=2 * permute(platform, axis_group(plans[0], "pipe"), activation).seconds,
+            outer=np.array(outer),
+            outer_exchange=exchanges * np.array(exchange),
+            step_end=reduction + optimizer,
+            share=_by(share, way, nodes),
+        )
+        for way, layers in _layers(question, share, plans[0].expert_factors, candidates)
+    ]
+
+
+def _by(share: Share, way: Way, nodes: int) -> Share:
+    return replace(share, nodes=nodes, dispatch=way.dispatch, dispatch_chunks=way.chunks)
 
 
 def _simplest_plan(question: Question, mesh: Mesh, num_microbatches: int, vocabulary: str) -> Plan:
@@ -156,20 +160,20 @@ def _simplest_plan(question: Question, mesh: Mesh, num_microbatches: int, vocabu
 
 def _layers(
     question: Question, share: Share, expert_factors: tuple[int, int, int], candidates: tuple[Way, ...]
-) -> tuple[Way, np.ndarray]:
-    """The quickest way, and seconds of every kind of layer in every memory mode."""
+) -> tuple[tuple[Way, np.ndarray], ...]:
+    """Seconds of every kind of layer in every memory mode, `[modes, kinds, 6]`, by the quickest and leanest ways."""
     return _priced_layers(
         question.model,
         question.platform,
         share,
         expert_factors,
-        (memory_modes(question), candidates, question.imbalance),
+        (memory_modes(question), candidates, question.imbalance, memory_backend(question)),
     )
 
 
 @lru_cache(maxsize=8192)
 def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple):
-    modes, candidates, imbalance = choices
+    modes, candidates, imbalance, backend = choices
     kinds = kinds_of(model)
 
     def price(layer: LayerConfig, mode: str, way: Way) -> LayerSeconds:
@@ -188,23 +192,41 @@ def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple
             capacity_factor=share.capacity_factor,
         )
 
-    way, moe = candidates[0], next((layer for _, layer in kinds if isinstance(layer.ffn, MoEFFN)), None)
+    chosen, moe = candidates[:1], next((pair for pair in kinds if isinstance(pair[1].ffn, MoEFFN)), None)
     if moe is not None and len(candidates) > 1:
+        kind, layer = moe
         # Which one is quickest depends little on what is computed again.
-        way = min(candidates, key=lambda way: price(moe, modes[0], way).total)
-    seconds = np.zeros((len(modes), len(kinds), 6))
-    for i, mode in enumerate(modes):
-        for j, (_, layer) in enumerate(kinds):
-            priced = price(layer, mode, way)
-            seconds[i, j] = (
-                priced.forward,
-                priced.backward,
-                priced.input_gradient,
-                priced.weight_gradient,
-                priced.exchange_forward,
-                priced.exchange_backward,
-            )
-    return way, seconds
+        totals = {way: price(layer, modes[0], way).total for way in candidates}
+        nodes = prod(expert_factors[:2])
+        needed = {way: _layer_bytes(model, kind, _by(share, way, nodes), backend) for way in candidates}
+        quickest = min(candidates, key=totals.get)
+        leanest = min(candidates, key=lambda way: (needed[way], totals[way]))
+        chosen = (quickest, leanest) if needed[leanest] < needed[quickest] else (quickest,)
+    found = []
+    for way in chosen:
+        seconds = np.zeros((len(modes), len(kinds), 6))
+        for i, mode in enumerate(modes):
+            for j, (_, layer) in enumerate(kinds):
+                priced = price(layer, mode, way)
+                seconds[i, j] = (
+                    priced.forward,
+                    priced.backward,
+                    priced.input_gradient,
+                    priced.weight_gradient,
+                    priced.exchange_forward,
+                    priced.exchange_backward,
+                )
+        found.append((way, seconds))
+    return tuple(found)
+
+
+def _layer_bytes(model: ModelConfig, kind: str, share: Share, backend: str) -> float:
+    """Bytes of the backward of one layer, and of one microbatch if what travelled is kept for it."""
+    everywhere = (model.num_layers,)
+    weights = storage(model, everywhere, pipe=1, data=1, expert=share.expert, dtype=share.dtype).layers[kind]
+    layer, compiler = model.kinds[kind], Backend(widens=backend == "cpu", share=share)
+    phase = layer_backward(model.d_model, layer, weights, compiler, splits=False)
+    return phase.total + kept_bytes(model.d_model, layer, share, "named")
 
 
 @lru_cache(maxsize=1024)

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from piperjax.planner.candidates import AXES, Question, memory_modes, vocabularies
-from piperjax.planner.scoring import Scores
-from piperjax.planner.search import Candidate, SearchResult, answer
+from piperjax.planner.cells import ways_on
+from piperjax.planner.dispatchers import Way
+from piperjax.planner.scoring import Scores, capacity_bytes
+from piperjax.planner.search import Candidate, SearchResult, answer, priced_as_it_is
 
 PART_WORDS = {
     "compute": "computation",
@@ -101,7 +103,7 @@ def _compared(best: Candidate, candidate: Candidate, parts: tuple[tuple[str, flo
 
 
 def variations(result: SearchResult) -> tuple[Variation, ...]:
-    """The best plan with its schedule, microbatches, memory mode, vocabulary or overlap changed, one at a time."""
+    """The best plan with its schedule, microbatches, memory mode, vocabulary or dispatch changed, one at a time."""
     scores, question = result.scores, result.question
     best = scores.row_of(result.best.plan)
     columns = {
@@ -111,10 +113,12 @@ def variations(result: SearchResult) -> tuple[Variation, ...]:
         "vocabulary": scores.vocabulary,
     }
     same = {name: values == values[best] for name, values in columns.items()}
-    on_mesh = scores.mesh == scores.mesh[best]
+    on_mesh, same_way = scores.mesh == scores.mesh[best], scores.way == scores.way[best]
     found = []
     for choice in columns:
         others = np.logical_and.reduce([same[name] for name in columns if name != choice] + [on_mesh])
+        # The way that is quickest with so many microbatches need not be the same.
+        others &= _best_of_each(scores, others) if choice == "microbatches" else same_way
         found += [
             Variation(
                 choice=choice,
@@ -125,7 +129,39 @@ def variations(result: SearchResult) -> tuple[Variation, ...]:
             )
             for row in np.flatnonzero(others & ~same[choice])
         ]
-    return tuple(sorted(found, key=lambda one: (list(columns).index(one.choice), one.slower)))
+    choices = [*columns, "dispatch"]
+    return tuple(sorted(found + _dispatched(result), key=lambda one: (choices.index(one.choice), one.slower)))
+
+
+def _best_of_each(scores: Scores, rows: np.ndarray) -> np.ndarray:
+    """Of rows with as many microbatches, the quickest that fits, or else the leanest, bool `[rows]`."""
+    order = np.lexsort((np.where(scores.fits, scores.seconds, scores.num_bytes), ~scores.fits))
+    order = order[rows[order]]
+    _, firsts = np.unique(scores.num_microbatches[order], return_index=True)
+    best = np.zeros_like(rows)
+    best[order[firsts]] = True
+    return best
+
+
+def _dispatched(result: SearchResult) -> list[Variation]:
+    """The best plan with other dispatchers and numbers of chunks, each priced in full: a search keeps two of them."""
+    question, best = result.question, result.best
+    own = Way(best.plan.dispatch, best.plan.dispatch_chunks)
+    found = []
+    for way in ways_on(question, best.mesh, best.plan.tokens_per_device):
+        if way != own:
+            plan = replace(best.plan, dispatch=way.dispatch, dispatch_chunks=way.chunks)
+            one = priced_as_it_is(question, plan)
+            found.append(
+                Variation(
+                    choice="dispatch",
+                    value=str(way),
+                    slower=one.time.step_seconds / best.time.step_seconds - 1,
+                    num_bytes=one.peak_bytes,
+                    fits=one.peak_bytes <= capacity_bytes(question),
+                )
+            )
+    return found
 
 
 def _value(scores: Scores, question: Question, choice: str, row: int) -> str:

@@ -74,9 +74,11 @@ class Scores:
         order = self.orders.index((plan.schedule, chunks, plan.overlap))
         mode = memory_modes(self.question).index(plan.memory_mode)
         vocabulary = vocabularies(self.question, plan.pipe).index(plan.vocabulary)
+        way = self.ways.index((plan.dispatch, plan.dispatch_chunks))
         (found,) = np.flatnonzero(
             (self.mesh == mesh)
             & (self.order == order)
+            & (self.way == way)
             & (self.num_microbatches == plan.num_microbatches)
             & (self.memory_mode == mode)
             & (self.vocabulary == vocabulary)

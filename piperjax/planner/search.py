@@ -189,18 +189,19 @@ def _ranked(scores: Scores, keep: int) -> tuple[Candidate, ...]:
 
 def priced(question: Question, plan: Plan) -> Candidate:
     """A plan with its price, its stages divided by FLOP or by seconds, whichever is quicker and fits."""
-    as_it_is = _priced(question, plan)
+    as_it_is = priced_as_it_is(question, plan)
     if plan.pipe == 1:
         return as_it_is
     by_seconds = replace(plan, layers_per_stage=_layers_by_seconds(question, plan))
     if by_seconds == plan:
         return as_it_is
-    other = _priced(question, by_seconds)
+    other = priced_as_it_is(question, by_seconds)
     quicker = other.time.step_seconds < as_it_is.time.step_seconds
     return other if quicker and other.peak_bytes <= capacity_bytes(question) else as_it_is
 
 
-def _priced(question: Question, plan: Plan) -> Candidate:
+def priced_as_it_is(question: Question, plan: Plan) -> Candidate:
+    """A plan with its price, its stages divided as they are."""
     small = (
         plan.pipe * plan.num_microbatches * (len(plan.layers_per_stage) // plan.pipe) <= LARGEST_TIMED_TABLE
     )

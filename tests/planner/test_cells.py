@@ -5,10 +5,11 @@ import pytest
 
 from meshes.platform import load_platform
 from models.presets import preset
-from piperjax.planner.candidates import MEMORY_MODES, Mesh, Question
-from piperjax.planner.cells import groups, memory_backend
+from piperjax.planner.candidates import MEMORY_MODES, Mesh, Question, Rejections
+from piperjax.planner.cells import groups, memory_backend, ways_on
 from piperjax.planner.kept import kept_bytes
 from piperjax.planner.network import DISPATCHERS, ways
+from piperjax.planner.scoring import score
 
 FRONTIER = load_platform("frontier")
 
@@ -22,14 +23,14 @@ def test_cells_are_grouped_by_ranks_and_microbatches():
     found = list(groups(asked(), [Mesh(2, 4, 8), Mesh(2, 2, 16), Mesh(4, 2, 8)]))
     keys = [{(cell.mesh.pipe, cell.num_microbatches) for cell in cells} for cells in found]
     assert all(len(key) == 1 for key in keys)
-    assert (
-        sum(map(len, found)) == 4 + 4 + 4
-    )  # Eight sequences: 1, 2, 4, 8; on four ranks sixteen: 2, 4, 8, 16.
+    # Eight sequences: 1, 2, 4, 8; on four ranks sixteen: 2, 4, 8, 16.
+    cells = {(cell.mesh, cell.num_microbatches) for of_group in found for cell in of_group}
+    assert len(cells) == 4 + 4 + 4
     assert {cell.index for cells in found for cell in cells} == {0, 1, 2}
 
 
 def test_more_is_kept_and_less_is_recomputed_mode_by_mode():
-    ((cell,),) = groups(asked(wished={"num_microbatches": 4}), [Mesh(2, 4, 8)])
+    cell = next(groups(asked(wished={"num_microbatches": 4}), [Mesh(2, 4, 8)]))[0]
     assert cell.layers.shape == (len(MEMORY_MODES), 2, 6)
     question = asked()
     layers = question.model.kinds.values()
@@ -53,6 +54,21 @@ def test_the_quickest_dispatcher_is_taken():
     assert quickest.way in ways(DISPATCHERS)
     given = asked(wished={"num_microbatches": 4, "dispatch": "halo2", "dispatch_chunks": 2})
     assert next(groups(given, [Mesh(2, 1, 32)]))[0].way == ("halo2", 2)
+
+
+def test_the_leanest_dispatcher_is_tried_beside_the_quickest():
+    question = asked(wished={"num_microbatches": 4})
+    (cells,) = groups(question, [Mesh(2, 1, 32)])
+    quickest, leanest = cells
+    assert quickest.layers[..., :6].sum() < leanest.layers[..., :6].sum()
+    needed = {way: bytes_with(question, *way) for way in ways_on(question, Mesh(2, 1, 32), 8192)}
+    assert needed[leanest.way] == min(needed.values()) < needed[quickest.way]
+
+
+def bytes_with(question, dispatch, chunks):
+    wished = {"num_microbatches": 4, "dispatch": dispatch, "dispatch_chunks": chunks, "memory_mode": "layer"}
+    given = asked(wished=wished | {"schedule": "1f1b", "vocabulary": "split", "overlap": False})
+    return score(given, [Mesh(2, 1, 32)], Rejections()).num_bytes.item()
 
 
 @pytest.mark.parametrize(("name", "backend"), [("frontier", "gpu"), ("cpu8", "cpu")])

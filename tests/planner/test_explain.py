@@ -7,8 +7,10 @@ import pytest
 
 from meshes.platform import load_platform
 from models.presets import preset
+from piperjax.planner.cells import ways_on
+from piperjax.planner.dispatchers import Way
 from piperjax.planner.explain import explain, variations
-from piperjax.planner.search import priced, search
+from piperjax.planner.search import priced, priced_as_it_is, search
 
 
 @lru_cache(maxsize=1)
@@ -58,10 +60,31 @@ def test_single_choices_are_the_best_plan_but_for_one():
     plan, scores = result.best.plan, result.scores
     seconds = scores.seconds[scores.row_of(plan)]
     options = variations(result)
-    assert {one.choice for one in options} == {"schedule", "microbatches", "memory mode", "vocabulary"}
+    assert {one.choice for one in options} == {
+        "schedule",
+        "microbatches",
+        "memory mode",
+        "vocabulary",
+        "dispatch",
+    }
     assert not any(one.fits and one.slower < -0.02 for one in options), "the search would have taken it"
     for one in options:
         if one.choice == "memory mode":
             other = priced(result.question, replace(plan, memory_mode=one.value))
             assert other.time.step_seconds == pytest.approx(seconds * (1 + one.slower), rel=0.03)
             assert one.num_bytes == pytest.approx(other.peak_bytes, rel=0.02)
+
+
+def test_every_dispatcher_with_every_number_of_chunks_is_an_alternative():
+    result = found()
+    best = result.best.plan
+    tried = ways_on(result.question, result.best.mesh, best.tokens_per_device)
+    options = {one.value: one for one in variations(result) if one.choice == "dispatch"}
+    assert len(tried) > 2
+    assert {str(way) for way in tried} == {*options, str(Way(best.dispatch, best.dispatch_chunks))}
+    for way in tried:
+        if str(way) in options:
+            plan = replace(best, dispatch=way.dispatch, dispatch_chunks=way.chunks)
+            other = priced_as_it_is(result.question, plan)
+            assert options[str(way)].num_bytes == other.peak_bytes
+            assert options[str(way)].slower == other.time.step_seconds / result.best.time.step_seconds - 1
