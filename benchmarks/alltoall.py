@@ -8,8 +8,9 @@ gradients equal the dense computation.
 
 sweep: 4 nodes of 8 devices as network namespaces of this machine, gloo between them, links of 200 Mbit/s. All-to-alls
 at 256 B of a pair are twice as quick in phases as flat; dispatch and combine of a layer with de-duplication twice as
-quick as flat where neither drops anything, and 1.2 times as quick as flat with capacity 1.5; what the planner chooses
-is never below 0.95 of the best; the simulation is right within a factor of 1.3 (geometric mean), one number fitted.
+quick as flat where neither drops anything, and 1.2 times as quick, with and without drops of its own, as flat with
+capacity 1.5; what the planner chooses is never below 0.95 of the best; the simulation is right within a factor of 1.3
+(geometric mean), one number fitted.
 
 overlap: 2 nodes; of the experts' products 70 % are hidden behind the wire forward, 50 % forward and backward.
 
@@ -43,6 +44,12 @@ PARTS = ("bytes", "sweep", "overlap")
 SHAPE = model.Shape(nodes=4, local=8, bytes_per_second=25e6, cores=os.cpu_count() or 1)
 OVERLAP_SHAPE = model.Shape(nodes=2, local=2, bytes_per_second=25e6, cores=os.cpu_count() or 1)
 LIMIT_SECONDS = 180
+# De-duplicated dispatch that drops nothing over flat that drops nothing, and over flat that may; and both with limits.
+COMPARED = (
+    ("halo2_dedup", "flat", 2.0),
+    ("halo2_dedup", "flat capacity 1.5", 1.2),
+    ("halo2_dedup capacity 1.5", "flat capacity 1.5", 1.2),
+)
 
 
 def measure(
@@ -99,10 +106,10 @@ def sweep_bars(
     for cell in cells:
         if isinstance(cell, Layer):
             times = seconds[cell.label]
-            wanted = {"flat": 2.0, "flat capacity 1.5": 1.2}
-            for name, bar in ((name, wanted[name]) for name in wanted if name in times):
-                ratio = paired_ratio(times[name], times["halo2_dedup"])
-                bars.append((f"halo2_dedup over {name}, {cell.label}", ratio, bar, True))
+            for ours, flat, bar in COMPARED:
+                if ours in times and flat in times:
+                    ratio = paired_ratio(times[flat], times[ours])
+                    bars.append((f"{ours} over {flat}, {cell.label}", ratio, bar, True))
     for choice in choices:
         claim = f"chosen {choice.chosen}, best {choice.best}: {choice.cell}"
         bars.append((claim, choice.fraction, 0.95, True))
@@ -145,7 +152,7 @@ def judge(claim: str, figure: float, bar: float, at_least: bool) -> bool:
     """Prints one bar, and says whether it is met."""
     met = figure >= bar if at_least else figure <= bar
     sign = ">=" if at_least else "<="
-    print(f"{claim:76s}{figure:8.2f} {sign} {bar:<5g} {'met' if met else 'MISSED'}")
+    print(f"{claim:88s}{figure:8.2f} {sign} {bar:<5g} {'met' if met else 'MISSED'}")
     return met
 
 

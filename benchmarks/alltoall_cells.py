@@ -59,6 +59,8 @@ class NodeExchange:
 
     Attributes:
       pair_bytes: bytes that every device has for every other of its node.
+      rounds: all-to-alls in a call, one after the other; a time is that of one.
+      repeats: times that are taken.
     """
 
     pair_bytes: int
@@ -156,26 +158,28 @@ class Overlap:
 Cell = Exchange | NodeExchange | Layer | Overlap
 
 _FLAT, _ONCE, _DROPPING = Variant("flat"), Variant("halo2_dedup"), Variant("flat", 1.5)
-_CHUNKED = Variant("halo2_dedup", chunks=2)
+_CHUNKED, _ONCE_DROPPING = Variant("halo2_dedup", chunks=2), Variant("halo2_dedup", 1.5)
+# Times of small sizes scatter by a factor of two on shared cores; medians of many do not.
 # Rows of 4 KiB are those of 2,048 elements in bfloat16, as models with 64 experts and 6 of them for a token have. Flat
 # dispatch that drops nothing sends 16 times the rows (64 times with 256 experts), so it has few tokens.
 SWEEP: tuple[Cell, ...] = (
-    NodeExchange(pair_bytes=4),
+    NodeExchange(pair_bytes=4, repeats=25),
     NodeExchange(pair_bytes=131_072),
-    Exchange(pair_bytes=256, repeats=41),
-    Exchange(pair_bytes=1024, repeats=21),
+    Exchange(pair_bytes=256, repeats=51),
+    Exchange(pair_bytes=1024, repeats=31),
     Exchange(pair_bytes=4096, repeats=11),
-    Exchange(pair_bytes=16_384, repeats=7),
     Exchange(pair_bytes=65_536, repeats=3),
     Layer(
         num_experts=64,
         experts_per_token=6,
-        tokens=8,
+        tokens=4,
         d_model=1024,
         ways=(_FLAT, Variant("halo2"), Variant("halo3"), _ONCE),
     ),
     Layer(num_experts=64, experts_per_token=6, tokens=32, d_model=1024, ways=(_ONCE, _CHUNKED, _DROPPING)),
-    Layer(num_experts=256, experts_per_token=8, tokens=32, d_model=1024, ways=(_ONCE, _DROPPING)),
+    Layer(
+        num_experts=256, experts_per_token=8, tokens=32, d_model=1024, ways=(_ONCE, _DROPPING, _ONCE_DROPPING)
+    ),
 )
 _OVERLAPPED = dict(num_experts=8, experts_per_token=2, tokens=1024, d_model=1024, d_ff=512)
 OVERLAP = (

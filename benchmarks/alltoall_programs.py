@@ -39,7 +39,7 @@ def programs_of(cell: Cell, mesh: Mesh) -> dict[str, Program]:
     devices = mesh.size if isinstance(cell, Exchange) else mesh.shape[EXPERT[-1]]
     rows = (operand(mesh, (devices, cell.pair_bytes // ITEM_BYTES)),)
     if isinstance(cell, NodeExchange):
-        return {"node": Program(_repeated(_inside, 1, mesh), rows)}
+        return {"node": Program(_repeated(_inside, cell.rounds, mesh), rows)}
     return {
         name: Program(_repeated(ALL_TO_ALLS[name].move, cell.rounds, mesh), rows) for name in cell.variants
     }

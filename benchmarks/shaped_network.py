@@ -38,6 +38,9 @@ _TCP = (
     "cd /proc/sys/net/ipv4; echo reno > tcp_congestion_control; echo 0 > tcp_slow_start_after_idle; "
     f"echo {SOCKET_BYTES} > tcp_limit_output_bytes"
 )
+# A program's buffers are new memory in every call, which Linux hands out page by page when it is first written; drivers
+# of accelerators keep what they have. In pages of 2 MiB instead of 4 KiB that costs a sixth of the seconds.
+LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess]
 
@@ -232,7 +235,7 @@ def run_on_nodes(
       NetworkError: if one fails or the limit is reached; the sentence ends with the last line that it wrote.
     """
     meeting = ["--coordinator", f"{network.address(0)}:{PORT}", "--processes", str(network.num_nodes)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = {"GLIBC_TUNABLES": LARGE_PAGES} | os.environ | {"JAX_PLATFORMS": "cpu"}
     with contextlib.ExitStack() as stack:
         printed, errors = (
             [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in network.nodes] for _ in range(2)
