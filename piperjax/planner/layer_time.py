@@ -13,6 +13,7 @@ from meshes.platform import Device, Platform
 from models.config import LayerConfig, ModelConfig, MoEFFN
 from piperjax.planner.kept import Share, kept_bytes, tap_bytes
 from piperjax.planner.network import Group, Rows, Stages, all_gather, dispatch_stages, dispatch_transfer
+from piperjax.planner.row_blocks import wasted_rows
 from piperjax.planner.work import FLOAT32_BYTES, LayerWork, Product, layer_work
 
 # Part of an exchange that is hidden where a program lets it run beside products. The program makes it possible
@@ -131,7 +132,10 @@ def price_layer(
         itemsize=itemsize,
     )
     sums = share is not None and share.deduplicates
-    pricing = _Pricing(device, work, dtype, base, seq_len, dispatch_chunks, sums)
+    wasted = 0.0
+    if buffer is not None and device.concurrent_devices is not None:  # A CPU multiplies in blocks.
+        wasted = wasted_rows(buffer.experts // dispatch_chunks, ffn.num_experts // expert)
+    pricing = _Pricing(device, work, dtype, base, seq_len, dispatch_chunks, sums, wasted)
     held = Held()
     if share is not None:
         kept, taps = (count(d_model, layer, share, memory_mode) for count in (kept_bytes, tap_bytes))
@@ -215,7 +219,8 @@ class Held(NamedTuple):
 class _Pricing:
     """The work of a layer on a device, for products in `dtype` and everything else in `base`.
 
-    Experts work on `chunks` of the rows, one after the other, and results are summed before they return, or not.
+    Experts work on `chunks` of the rows, one after the other, and results are summed before they return, or not. Beside
+    the rows of an expert in a chunk, `wasted` ones are multiplied that fill its last block.
     """
 
     device: Device
@@ -225,6 +230,7 @@ class _Pricing:
     seq_len: int
     chunks: int = 1
     sums: bool = False
+    wasted: float = 0.0
 
     @property
     def experts_forward(self) -> float:
@@ -329,8 +335,8 @@ class _Pricing:
         if p.is_wide:
             table = self.device.matmul
             dtype = "float32" if table and "float32" in table.efficiency else self.base
-        chunks = self.chunks if p.groups else 1
-        rows, depth = (m, k / chunks) if weight_gradient else (m / chunks, k)
+        chunks, wasted = (self.chunks, self.wasted) if p.groups else (1, 0.0)
+        rows, depth = (m, k / chunks + wasted) if weight_gradient else (m / chunks + wasted, k)
         return chunks * self.device.product_seconds(
             rows,
             n,

@@ -10,9 +10,9 @@ import numpy as np
 
 from models.config import MoEFFN
 from piperjax.planner.kept import Share
+from piperjax.planner.row_blocks import block_rows
 from piperjax.runtime import hlo
 from piperjax.runtime.executor import Executor
-from piperjax.runtime.grouped_matmul import block_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ from jax.interpreters import mlir
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
+from piperjax.planner.row_blocks import block_rows
 from piperjax.runtime.varying import vary_like
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128
 # What to lower kernels for where there is no GPU: they do not depend on which, but Pallas must be told one.
 AHEAD_OF_TIME_GPUS = {"cuda": "NVIDIA H100", "rocm": "gfx90a"}
 
@@ -74,18 +74,6 @@ def _backward(saved, dy):
 
 
 _grouped_matmul.defvjp(_forward, _backward)
-
-
-def block_rows(num_rows: int, num_groups: int) -> int:
-    """Rows per step of the loop: half an even share of a group, a power of two in [16, 128], at most R.
-
-    A step costs a few microseconds, and a group wastes half a block on average. Measured on two cores, 64 is
-    within 5 % of the best at 128 rows per group, and 64, 128 and 256 are equal at 512.
-    """
-    block = SMALLEST_BLOCK
-    while block < LARGEST_BLOCK and 4 * block <= num_rows // num_groups:
-        block *= 2
-    return min(block, num_rows)
 
 
 def multiply_blocks(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, transposed: bool) -> jax.Array:

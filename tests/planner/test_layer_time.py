@@ -154,3 +154,11 @@ def test_gradients_of_activations_have_a_rate_of_their_own_where_memory_does_not
     assert found.backward - usual.backward == pytest.approx(num_bytes / 1e9, rel=1e-6)
     assert found.input_gradient - usual.input_gradient == pytest.approx(num_bytes / 1e9, rel=1e-6)
     assert found.forward == usual.forward
+
+
+def test_experts_on_a_cpu_multiply_half_a_block_more_for_each_group():
+    """8 experts with 1,024 rows each, in blocks of 128: by 64 / 1,024 more."""
+    shared = machine(concurrent_devices=1.0)
+    usual, found = (price(platform=platform, rows="static") for platform in (machine(), shared))
+    assert found.experts / usual.experts == pytest.approx(1 + 64 / 1024)
+    assert found.dense == usual.dense

@@ -14,7 +14,7 @@ from jax import lax
 
 from meshes.axes import AXES, BATCH
 from meshes.mesh import build_mesh
-from piperjax.runtime.grouped_matmul import block_rows, grouped_matmul
+from piperjax.runtime.grouped_matmul import grouped_matmul
 
 ROOT = Path(__file__).resolve().parents[2]
 # Rows, and sizes of groups: some empty, one with everything, none with anything, none of them multiples of a block.
@@ -156,14 +156,6 @@ def test_temporary_memory_does_not_grow_with_groups_or_rows():
         return program.compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(65536, 64) <= temporary_bytes(4096, 4) + 4096 < 200_000
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "num_groups", "block"),
-    [(1024, 8, 64), (16384, 32, 128), (4096, 256, 16), (128, 8, 16), (10**6, 1, 128), (7, 2, 7), (1, 1, 1)],
-)
-def test_block_rows(num_rows, num_groups, block):
-    assert block_rows(num_rows, num_groups) == block
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm"])
