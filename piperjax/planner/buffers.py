@@ -8,7 +8,7 @@ k of E experts for each, P devices on N nodes:
 | rows for experts, grouped by expert | P C, C = T min(k, E/P) | P T min(k, E/P) |
 | rows that arrive at a device | P C | P T |
 | rows that arrive at a node's device of the same local index | - | N T |
-| with capacity factor c | C = ceil(c T k/P) | P ceil(c T k/P), P ceil(c T d/P), N ceil(c T n/N) |
+| with capacity factor c, at a time | C = ceil(c T k/P) | P ceil(c T k/P), P ceil(c T d/P), N ceil(c T n/N) |
 
 where n nodes and d devices hold the experts of a token on average.
 """
@@ -28,13 +28,13 @@ class Buffers(NamedTuple):
       experts: for experts, grouped by expert.
       arrived: as they arrive at a device.
       of_node: as they arrive at a node, if they are then spread inside; else 0.
-      may_drop: whether there can be more.
+      may_overflow: whether there can be more.
     """
 
     experts: int
     arrived: int
     of_node: int
-    may_drop: bool
+    may_overflow: bool
 
 
 def buffers(
@@ -60,5 +60,6 @@ def buffers(
         return Buffers(rows, rows, 0, rows < chunks * P * most)
     of_device = limited(T, T * expected_nodes(E, k, P) / P)
     of_node = limited(T, T * expected_nodes(E, k, nodes) / nodes)
-    copies = limited(of_device * min(k, E // P), T * k / P)
+    of_token = min(k, E // P)
+    copies = max(of_token, limited(of_device * of_token, T * k / P))
     return Buffers(chunks * P * copies, chunks * P * of_device, chunks * nodes * of_node, copies < most)

@@ -108,6 +108,7 @@ def _cells(
         seq_len=question.seq_len,
         expert=mesh.expert,
         capacity_factor=question.wished.get("capacity_factor", 0.0),
+        overflow=question.wished.get("overflow", "drop"),
         dtype=dtype,
     )
     plans = [
@@ -190,6 +191,7 @@ def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple
             dispatch_chunks=way.chunks,
             imbalance=imbalance,
             capacity_factor=share.capacity_factor,
+            overflow=share.overflow,
         )
 
     chosen, moe = candidates[:1], next((pair for pair in kinds if isinstance(pair[1].ffn, MoEFFN)), None)

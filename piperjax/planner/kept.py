@@ -29,7 +29,8 @@ class Share:
       expert: P, devices that share the experts of a layer.
       nodes: N, nodes that these are on.
       dispatch, dispatch_chunks: how rows reach them, as in a plan.
-      capacity_factor: rows that a device accepts from another, over the balanced number; 0 is dropless.
+      capacity_factor: rows that a device accepts from another at a time, over the balanced number; 0 is dropless.
+      overflow: what becomes of others, as in a plan.
       dtype: of the computation.
     """
 
@@ -40,6 +41,7 @@ class Share:
     dispatch: str = "flat"
     dispatch_chunks: int = 1
     capacity_factor: float = 0.0
+    overflow: str = "drop"
     dtype: str = "bfloat16"
 
     @classmethod
@@ -54,6 +56,7 @@ class Share:
             dispatch=plan.dispatch,
             dispatch_chunks=plan.dispatch_chunks,
             capacity_factor=plan.capacity_factor,
+            overflow=plan.overflow,
             dtype=dtype,
         )
 
@@ -87,6 +90,10 @@ class Share:
     def rows(self, ffn: MoEFFN) -> int:
         """R."""
         return self.buffers(ffn).experts
+
+    def makes_passes(self, ffn: MoEFFN) -> bool:
+        """Whether rows may travel in later passes."""
+        return self.overflow == "passes" and self.buffers(ffn).may_overflow
 
     @property
     def deduplicates(self) -> bool:
@@ -188,7 +195,7 @@ def _products(D: int, layer: LayerConfig, share: Share) -> int:
     else:
         router += T * k * INDEX
         if share.expert > 1:
-            router += chunks * E * INDEX + (T * k * INDEX if share.buffers(ffn).may_drop else 0)
+            router += chunks * E * INDEX + (T * k * INDEX if share.buffers(ffn).may_overflow else 0)
             # The barrier between chunks holds one more of what arrived.
             rows += R * w * D + (R // chunks * w * D if chunks > 1 else 0)
         if share.dispatch == "halo3":  # It is a unit with its own gradient, out of which nothing is kept.
@@ -218,8 +225,9 @@ def _stash(D: int, layer: LayerConfig, share: Share) -> int:
         returned = -T * k * W
     else:
         rows += 15 * R if share.expert > 1 else INDEX * R
-        returned = T * k * (D * w + INDEX + share.buffers(ffn).may_drop)
-    return norms + attention + beside + rows + returned + _router_stash(ffn, share)
+        returned = T * k * (D * w + INDEX + share.buffers(ffn).may_overflow)
+    later = T * k * (INDEX + W) if share.makes_passes(ffn) else 0  # Which copies wait, and their gates.
+    return norms + attention + beside + rows + returned + later + _router_stash(ffn, share)
 
 
 def _sums_stash(D: int, ffn: MoEFFN, share: Share) -> int:
@@ -295,6 +303,9 @@ def tap_bytes(d_model: int, layer: LayerConfig, share: Share, memory_mode: str) 
             beside -= T * w * D  # The experts' rows are made from the same input.
     if ffn.dense_residual_d_ff:
         beside += widened + T * w * _ffn_taps(D, ffn.dense_residual_d_ff, ffn.num_matrices, hidden)
+    if share.makes_passes(ffn):  # From these, and the gradient of the results, later passes start again.
+        inputs = 1 if ffn.shared_d_ff else 2
+        beside += T * (inputs * w * D + ffn.experts_per_token * (INDEX + share.wide))
     return attention + rows + counts + beside
 
 

@@ -7,12 +7,21 @@ backward 2, or 4 where it repeats those of forward, or 6 where whole stages are 
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from math import ceil
 from typing import NamedTuple
 
 from meshes.platform import Device, Platform
 from models.config import LayerConfig, ModelConfig, MoEFFN
 from piperjax.planner.kept import Share, kept_bytes, tap_bytes
-from piperjax.planner.network import Group, Rows, Stages, all_gather, dispatch_stages, dispatch_transfer
+from piperjax.planner.network import (
+    Group,
+    Rows,
+    Stages,
+    all_gather,
+    all_reduce,
+    dispatch_stages,
+    dispatch_transfer,
+)
 from piperjax.planner.row_blocks import wasted_rows
 from piperjax.planner.work import FLOAT32_BYTES, LayerWork, Product, layer_work
 
@@ -21,6 +30,8 @@ from piperjax.planner.work import FLOAT32_BYTES, LayerWork, Product, layer_work
 HIDDEN_FRACTION = 0.7
 # Bytes per element that are read and written to bring an operand into 8 bits: from 16, for two layouts.
 CAST_BYTES = 2 + 1 + 1
+# Whether a device has rows left: a number of 32 bits.
+AGREED_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +89,7 @@ def price_layer(
     rows: Rows = "static",
     imbalance: float = 1.0,
     capacity_factor: float = 0.0,
+    overflow: str = "drop",
     tensor: int = 1,
 ) -> LayerSeconds:
     """Seconds of one layer on one device.
@@ -95,7 +107,8 @@ def price_layer(
       dispatch_chunks: parts in which tokens travel.
       rows: "static" buffers that hold the worst case, as our executor has, or "exact".
       imbalance: rows of the busiest device over the mean.
-      capacity_factor: rows per destination over the balanced number; 0 drops nothing.
+      capacity_factor: rows per destination over the balanced number that there is room for; 0 for all.
+      overflow: what becomes of others, as in a plan.
       tensor: devices that share heads and dense features, and each other's tokens.
 
     Raises:
@@ -117,6 +130,7 @@ def price_layer(
             dispatch=dispatcher,
             dispatch_chunks=dispatch_chunks,
             capacity_factor=capacity_factor,
+            overflow=overflow,
             dtype=base,
         )
         buffer = share.buffers(ffn) if isinstance(ffn, MoEFFN) else None
@@ -166,6 +180,9 @@ def price_layer(
             exchange |= dict(num_groups=ffn.router.num_groups, groups_per_token=ffn.router.groups_per_token)
             once = back = 2 * dispatch_transfer(platform, **exchange).seconds
         forward, backward = once, back + _repeats(memory_mode) * once
+        later = _later_passes(platform, share, ffn, imbalance)
+        forward += later.number * once + later.agreement
+        backward += later.number * (once + back) + (1 + _repeats(memory_mode)) * later.agreement
     if tensor > 1:
         # Tokens are gathered before the heads and summed after them; backward the reverse, and a gather for gradients
         # of weights (Korthikanti et al., arXiv:2205.05198, section 4.2.2).
@@ -192,6 +209,21 @@ def exposed_seconds(platform: Platform, stages: Stages, chunks: int, experts_sec
         for step in range(chunks + 2)
     )
     return alone - HIDDEN_FRACTION * (alone + experts_seconds - together)
+
+
+class _LaterPasses(NamedTuple):
+    """Passes after the first, and the seconds in which devices agree on them. Backward runs their forward again."""
+
+    number: int = 0
+    agreement: float = 0.0
+
+
+def _later_passes(platform: Platform, share: Share | None, ffn: MoEFFN, imbalance: float) -> _LaterPasses:
+    if share is None or not share.makes_passes(ffn):
+        return _LaterPasses()
+    passes = ceil(imbalance / share.capacity_factor)
+    # Before every pass, and after the last: is there one more?
+    return _LaterPasses(passes - 1, passes * all_reduce(platform, Group(share.expert), AGREED_BYTES).seconds)
 
 
 def _repeats(memory_mode: str) -> int:

@@ -80,8 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--capacity-factor",
         type=float,
         metavar="X",
-        help="rows that a device accepts over the balanced number; 0 drops none (default 0, or "
-        f"{USUAL_CAPACITY_FACTOR} if nothing fits otherwise)",
+        help="rows that a device accepts at a time over the balanced number; 0 accepts all (default 0, or "
+        f"{USUAL_CAPACITY_FACTOR} with --overflow passes if nothing fits otherwise)",
     )
     wishes.add_argument(
         "--overflow",
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--top must be at least 1, got {args.top}")
     asked = [parsed_sizes(text) for text in args.explain]
     question = asked_question(args)
-    result = answer(question, keep=max(args.top, KEPT), capacity_factor=USUAL_CAPACITY_FACTOR)
+    result = answer(question, keep=max(args.top, KEPT))
     explanations = [explain(result, sizes) for sizes in asked]
     written = []
     if args.out:

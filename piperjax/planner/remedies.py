@@ -15,8 +15,9 @@ from piperjax.planner.scoring import Scores, capacity_bytes, score
 from piperjax.schedules.profile import Slots
 
 GIB = 2**30
-# A usual factor: rows beyond it are dropped.
+# A usual factor of buffers that are too small for some routings: rows that find no room travel later.
 USUAL_CAPACITY_FACTOR = 1.25
+SMALLER_BUFFERS = {"capacity_factor": USUAL_CAPACITY_FACTOR, "overflow": "passes"}
 MOST_DOUBLINGS = 7
 WORDS = {
     "compute_copy": "compute copy",
@@ -82,7 +83,7 @@ def nearest_that_fits(question: Question) -> str:
         if mesh is not None:
             return f"{words.format(mesh=mesh)} fits"
     reach = question.platform.links[-1].devices if question.platform.links else question.num_devices
-    limit = {"capacity_factor": question.wished.get("capacity_factor") or USUAL_CAPACITY_FACTOR}
+    limit = _limit(question.wished)
     for doubling in range(1, MOST_DOUBLINGS + 1):
         devices = question.num_devices * 2**doubling
         if devices > reach:
@@ -90,7 +91,7 @@ def nearest_that_fits(question: Question) -> str:
         more = replace(question, num_devices=devices, batch_size=question.batch_size * 2**doubling, wished={})
         for changed, words in (
             (more, ""),
-            (replace(more, wished=limit), f" with --capacity-factor {limit['capacity_factor']}"),
+            (replace(more, wished=limit), f" with {_flags(limit)}"),
         ):
             mesh = _leanest_mesh(changed, near=question)
             if mesh is not None:
@@ -99,12 +100,12 @@ def nearest_that_fits(question: Question) -> str:
 
 
 def _relaxed(question: Question) -> Iterator[tuple[Question, str]]:
-    """Questions with less wished for, or with rows that may be dropped, and words for each."""
+    """Questions with less wished for, or with smaller buffers for dispatch, and words for each."""
     axes = {name: value for name, value in question.wished.items() if name in AXES}
     others = _without_axes(question)
-    dropped = ", ".join(f"{name}={value}" for name, value in others.items() if name != "capacity_factor")
-    limit = {"capacity_factor": others.get("capacity_factor") or USUAL_CAPACITY_FACTOR}
-    words = f"dropping rows beyond --capacity-factor {limit['capacity_factor']}, {{mesh}}"
+    dropped = ", ".join(f"{name}={value}" for name, value in others.items() if name not in SMALLER_BUFFERS)
+    limit = _limit(others)
+    words = f"with {_flags(limit)}, {{mesh}}"
     if dropped:
         yield replace(question, wished=axes), f"without {dropped}, {{mesh}}"
     if axes:
@@ -115,6 +116,16 @@ def _relaxed(question: Question) -> Iterator[tuple[Question, str]]:
             yield replace(question, wished=others | limit), words
     if dropped and axes:
         yield replace(question, wished=limit), f"without {dropped}, {words}"
+
+
+def _limit(wished: dict) -> dict:
+    """The capacity that is wished for, or a usual one."""
+    names = SMALLER_BUFFERS if wished.get("capacity_factor") else ()
+    return {name: wished[name] for name in names if name in wished} or dict(SMALLER_BUFFERS)
+
+
+def _flags(limit: dict) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in limit.items())
 
 
 def least_bytes(question: Question, mesh: Mesh) -> float:

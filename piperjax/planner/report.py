@@ -182,9 +182,9 @@ def notes(result: SearchResult, *, asked: Question | None = None) -> list[str]:
     if factor:
         given_up = asked is not None and "capacity_factor" not in asked.wished
         found.append(
-            ("nothing fits without dropping rows, hence " if given_up else "")
+            ("nothing fits with buffers for any routing, hence " if given_up else "")
             + f"capacity factor {factor:g}: a device accepts {factor:g} times the balanced number of rows from "
-            "another, more are dropped"
+            f"another, more {'are dropped' if best.plan.overflow == 'drop' else 'travel in later passes'}"
         )
     if best.plan.dispatch not in EXECUTABLE:
         found.append(

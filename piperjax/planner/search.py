@@ -19,7 +19,7 @@ from piperjax.planner.memory import RankMemory, estimate_memory
 from piperjax.planner.network import EXECUTABLE
 from piperjax.planner.partition import partition_layers
 from piperjax.planner.plan import Plan, default_plan
-from piperjax.planner.remedies import check_room
+from piperjax.planner.remedies import SMALLER_BUFFERS, check_room
 from piperjax.planner.scoring import Scores, capacity_bytes, score
 from piperjax.planner.timing import TimeEstimate, estimate_time, stage_seconds
 
@@ -142,15 +142,15 @@ def search(
     return answer(question, keep=keep)
 
 
-def answer(
-    question: Question, *, keep: int = KEPT, capacity_factor: float | None = None, advise: bool = True
-) -> SearchResult:
+def answer(question: Question, *, keep: int = KEPT, advise: bool = True) -> SearchResult:
     """Finds the best plans; see `search`.
+
+    Where nothing fits with buffers for any routing, smaller ones are taken (`SMALLER_BUFFERS`). No row is dropped for
+    that: those that find no room travel in later passes.
 
     Args:
       question: what is asked.
       keep: most plans to return.
-      capacity_factor: tried where nothing fits without dropping rows; None to drop none.
       advise: look for the nearest that fits where nothing does, which takes a few more searches.
     """
     rejections = Rejections()
@@ -158,8 +158,8 @@ def answer(
     check_some(question, possible, rejections)
     scores = score(question, possible, rejections)
     if not scores.fits.any():
-        if capacity_factor and "capacity_factor" not in question.wished:
-            limited = replace(question, wished=dict(question.wished) | {"capacity_factor": capacity_factor})
+        if "capacity_factor" not in question.wished:
+            limited = replace(question, wished=dict(question.wished) | SMALLER_BUFFERS)
             if score(limited, possible, Rejections()).fits.any():
                 return answer(limited, keep=keep)
         check_room(question, scores, advise=advise)

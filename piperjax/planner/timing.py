@@ -109,6 +109,7 @@ def stage_seconds(
             rows=conditions.rows,
             imbalance=conditions.imbalance,
             capacity_factor=plan.capacity_factor,
+            overflow=plan.overflow,
         )
         for kind, layer in model.kinds.items()
     }

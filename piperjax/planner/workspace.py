@@ -87,7 +87,9 @@ def layer_backward(
         copies = 1
     of_weights = copies * (weights.attention + weights.experts) * w
     if not splits:
-        of_weights += (share.dispatch_chunks - 1) * weights.experts * w
+        # Chunks have gradients of their own, and so does a later pass, beside those that it is added to.
+        later = isinstance(layer.ffn, MoEFFN) and share.makes_passes(layer.ffn)
+        of_weights += (share.dispatch_chunks - 1 + later) * weights.experts * w
     beside = T * (7 * d_model * w + heads * w)
     up = layer.ffn.num_matrices - 1
     if splits:
@@ -151,6 +153,8 @@ def weight_gradient(
     share, w = backend.share, backend.itemsize
     taps = tap_bytes(d_model, layer, share, memory_mode) * w / share.itemsize
     gradients, others = weights.total, share.dispatch_chunks - 1
+    if isinstance(layer.ffn, MoEFFN) and share.makes_passes(layer.ffn):
+        gradients += weights.experts
     if others and isinstance(layer.ffn, MoEFFN):
         # All these are prepared before the first loop over experts, so what a turn adds up, an expert's product to its
         # slice, comes beside them. Of one chunk it comes where taps were, or attention's gradients will be.

@@ -60,6 +60,8 @@ WAYS = [
     dict(dispatch="halo2"),
     dict(dispatch="halo2_dedup"),
     dict(dispatch="halo2_dedup", capacity_factor=1.0),
+    dict(dispatch="halo2", capacity_factor=1.25, overflow="passes"),
+    dict(dispatch="halo2_dedup", dispatch_chunks=2, capacity_factor=1.0, overflow="passes"),
     dict(dispatch="flat", dispatch_chunks=2),
     dict(dispatch="halo2_dedup", dispatch_chunks=2),
     dict(dispatch="halo2_dedup", dispatch_chunks=2, capacity_factor=1.0),

@@ -162,3 +162,27 @@ def test_experts_on_a_cpu_multiply_half_a_block_more_for_each_group():
     usual, found = (price(platform=platform, rows="static") for platform in (machine(), shared))
     assert found.experts / usual.experts == pytest.approx(1 + 64 / 1024)
     assert found.dense == usual.dense
+
+
+def test_later_passes_repeat_exchanges_and_nothing_else():
+    layer = preset("mixtral_8x7b").layers[0]
+    options = dict(
+        tokens=4096, seq_len=4096, expert_factors=(1, 1, 8), dtype="bfloat16", capacity_factor=1.25
+    )
+
+    def seconds(**changes):
+        return layer_seconds(preset("mixtral_8x7b"), layer, load_platform("frontier"), **options | changes)
+
+    dropping, once = seconds(imbalance=1.2), seconds(imbalance=1.2, overflow="passes")
+    # One pass is enough: devices agree on that, forward, again, and backward.
+    assert dropping.exchange_forward < once.exchange_forward < 1.1 * dropping.exchange_forward
+    agreement = once.exchange_forward - dropping.exchange_forward
+    assert once.exchange_backward - dropping.exchange_backward == pytest.approx(2 * agreement)
+    three = seconds(imbalance=3.0, overflow="passes")
+    assert three.exchange_forward == pytest.approx(3 * once.exchange_forward)
+    # 3 all-to-alls there and back for the first, as forward runs again, and as many for each that follows.
+    assert three.exchange_backward == pytest.approx(3 * once.exchange_backward, rel=0.1)
+    roomy = seconds(capacity_factor=8.0, overflow="passes", imbalance=3.0)
+    assert roomy.exchange_forward == pytest.approx(
+        seconds(capacity_factor=0.0, imbalance=3.0).exchange_forward
+    )
