@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from meshes.device import Attention, Device, Products
-from meshes.platform import Link, Platform
+from meshes.platform import Link, Platform, load_platform
 from models.presets import preset
 from piperjax.planner.layer_time import HIDDEN_FRACTION, LayerSeconds, exposed_seconds, layer_seconds
 from piperjax.planner.network import Stages, Transfer
