@@ -18,7 +18,6 @@ from models.config import LayerConfig, ModelConfig, MoEFFN
 from piperjax.planner.candidates import Question
 from piperjax.planner.dispatchers import EXECUTABLE, Way
 from piperjax.planner.layer_time import layer_seconds
-from piperjax.planner.remedies import USUAL_CAPACITY_FACTOR
 from piperjax.planner.search import answer
 
 # Tokens per device of the single layers, which are not published.
@@ -309,7 +308,7 @@ def _own_plan(model: ModelConfig, row: Mapping[str, Any], devices: int, seq_len:
         dispatchers=EXECUTABLE,
     )
     try:
-        best = answer(question, keep=1, capacity_factor=USUAL_CAPACITY_FACTOR).best
+        best = answer(question, keep=1).best
     except ValueError as error:
         note = str(error).partition(";")[0]
         return Outcome(label=label, kind="own planner", published=row["tflops"], predicted=0.0, note=note)

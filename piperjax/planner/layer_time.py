@@ -11,7 +11,7 @@ from math import ceil
 from typing import NamedTuple
 
 from meshes.platform import Device, Platform
-from models.config import LayerConfig, ModelConfig, MoEFFN
+from models.config import DenseFFN, LayerConfig, ModelConfig, MoEFFN
 from piperjax.planner.kept import Share, kept_bytes, tap_bytes
 from piperjax.planner.network import (
     Group,
@@ -184,11 +184,8 @@ def price_layer(
         forward += later.number * once + later.agreement
         backward += later.number * (once + back) + (1 + _repeats(memory_mode)) * later.agreement
     if tensor > 1:
-        # Tokens are gathered before the heads and summed after them; backward the reverse, and a gather for gradients
-        # of weights (Korthikanti et al., arXiv:2205.05198, section 4.2.2).
-        one_way = all_gather(platform, Group(tensor), tokens * tensor * row_bytes).seconds
-        parts = 1 + (not isinstance(ffn, MoEFFN) or bool(ffn.shared_d_ff or ffn.dense_residual_d_ff))
-        forward, backward = forward + 2 * parts * one_way, backward + 3 * parts * one_way
+        one_way = _parts(ffn) * all_gather(platform, Group(tensor), tokens * tensor * row_bytes).seconds
+        forward, backward = forward + 2 * one_way, backward + 3 * one_way
     return LayerSeconds(**compute, exchange_forward=forward, exchange_backward=backward)
 
 
@@ -209,6 +206,14 @@ def exposed_seconds(platform: Platform, stages: Stages, chunks: int, experts_sec
         for step in range(chunks + 2)
     )
     return alone - HIDDEN_FRACTION * (alone + experts_seconds - together)
+
+
+def _parts(ffn: DenseFFN | MoEFFN) -> int:
+    """Parts of a layer before which tokens are gathered and after which they are summed, if a tensor axis shares them.
+
+    Backward it is the reverse, and a gather for gradients of weights (Korthikanti et al., arXiv:2205.05198, 4.2.2).
+    """
+    return 1 + (not isinstance(ffn, MoEFFN) or bool(ffn.shared_d_ff or ffn.dense_residual_d_ff))
 
 
 class _LaterPasses(NamedTuple):
