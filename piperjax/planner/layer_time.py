@@ -179,10 +179,8 @@ def price_layer(
             exchange |= dict(rows=rows, imbalance=imbalance, chunks=dispatch_chunks)
             exchange |= dict(num_groups=ffn.router.num_groups, groups_per_token=ffn.router.groups_per_token)
             once = back = 2 * dispatch_transfer(platform, **exchange).seconds
-        forward, backward = once, back + _repeats(memory_mode) * once
         later = _later_passes(platform, share, ffn, imbalance)
-        forward += later.number * once + later.agreement
-        backward += later.number * (once + back) + (1 + _repeats(memory_mode)) * later.agreement
+        forward, backward = later.beside(once, back, repeats=_repeats(memory_mode))
     if tensor > 1:
         one_way = _parts(ffn) * all_gather(platform, Group(tensor), tokens * tensor * row_bytes).seconds
         forward, backward = forward + 2 * one_way, backward + 3 * one_way
@@ -221,6 +219,12 @@ class _LaterPasses(NamedTuple):
 
     number: int = 0
     agreement: float = 0.0
+
+    def beside(self, once: float, back: float, *, repeats: int) -> tuple[float, float]:
+        """Exchanges of forward and backward, given those of one pass; backward repeats those of forward so often."""
+        forward = (1 + self.number) * once + self.agreement
+        first = back + repeats * (once + self.agreement)
+        return forward, first + self.number * (once + back) + self.agreement
 
 
 def _later_passes(platform: Platform, share: Share | None, ffn: MoEFFN, imbalance: float) -> _LaterPasses:
