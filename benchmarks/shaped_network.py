@@ -39,7 +39,7 @@ _TCP = (
     f"echo {SOCKET_BYTES} > tcp_limit_output_bytes"
 )
 # A program's buffers are new memory in every call, which Linux hands out page by page when it is first written; drivers
-# of accelerators keep what they have. In pages of 2 MiB instead of 4 KiB that costs a sixth of the seconds.
+# of accelerators keep what they have. In pages of 2 MiB instead of 4 KiB that costs a fifth of the seconds.
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 Run = Callable[[Sequence[str]], subprocess.CompletedProcess]
