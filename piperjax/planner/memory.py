@@ -263,9 +263,9 @@ def _largest_phase(
             found.append(phase.beside(before_weights))
     largest = max(found, key=lambda phase: phase.total)
     largest = Phase(*(workspace.SLACK * part for part in largest))
-    # After the last tick only accumulators last, and what they are reduced to comes beside them.
-    reduced = lasting.gradients if layout.data * layout.expert == 1 else 2 * stored.at_rest
-    end = Phase(workspace=lasting.gradients + reduced - sum(lasting))
+    # After the last tick only accumulators last, and what they are reduced to comes beside them. What one device alone
+    # has is not reduced.
+    end = Phase(workspace=lasting.gradients + 2 * stored.reduced - sum(lasting))
     return max(largest, end, key=lambda phase: phase.total)
 
 

@@ -46,6 +46,7 @@ class Storage:
     Attributes:
       at_rest: parameters at rest; each of the two moments takes as much.
       accumulators: gradients of all that a device computes with, before they are reduced.
+      reduced: those gradients after that, at rest, that other devices have a part in.
       compute_copy: what is cast or gathered at the start of a step; what is neither is read where it rests.
       outer_copy: embedding and head of it.
       layers: for each kind of layer, what a pass of one such layer reads.
@@ -53,6 +54,7 @@ class Storage:
 
     at_rest: int
     accumulators: int
+    reduced: int
     compute_copy: int
     outer_copy: int
     layers: dict[str, "LayerWeights"]
@@ -218,6 +220,7 @@ def storage(
     return Storage(
         at_rest=tally.at_rest * master,
         accumulators=tally.whole * wide_itemsize(master_dtype),
+        reduced=tally.reduced * wide_itemsize(master_dtype),
         compute_copy=tally.copied_bytes,
         outer_copy=tally.copied_bytes - of_layers,
         layers=layers,
@@ -229,7 +232,7 @@ class _Tally:
 
     def __init__(self, dtype: str, master_dtype: str):
         self.dtype, self.master = dtype, itemsize_of(master_dtype)
-        self.at_rest = self.whole = self.copied_bytes = 0
+        self.at_rest = self.whole = self.reduced = self.copied_bytes = 0
 
     def itemsize(self, leaf: Leaf) -> int:
         """Bytes of an element in a step."""
@@ -249,7 +252,9 @@ class _Tally:
         here = count * prod(leaf.shape) // split
         is_split = copies > 1 and any(size % copies == 0 for size in dimensions)
         whole = here * regathered
-        self.at_rest += here // copies if is_split else here
+        rests = here // copies if is_split else here
+        self.at_rest += rests
+        self.reduced += rests if copies > 1 or regathered > 1 else 0
         self.whole += whole
         if is_split or regathered > 1 or self.itemsize(leaf) != self.master:
             self.copied_bytes += whole * self.itemsize(leaf)

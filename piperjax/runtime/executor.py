@@ -168,7 +168,7 @@ class Executor:
           router_bias: `[num_moe_layers, E]` float32.
           batch: `BATCH_FIELDS`, each [M, B, S]; weights float32, the others int32.
         """
-        specs = jax.tree.map(lambda leaf: leaf.spec, self.leaf_shardings)
+        specs = jax.tree.map(lambda leaf: leaf.gradient_spec, self.leaf_shardings)
         return self._run(self.lowered, params, router_bias, batch, grad_specs=specs)
 
     def evaluate(self, params: dict, router_bias: jax.Array, batch: dict) -> StepStats:

@@ -119,10 +119,12 @@ class LeafSharding:
       gather_axes: mesh axes it is split over at rest only (ZeRO), gathered before use.
       gather_dimension: the dimension that is split, in device layout.
       reduce_axes: mesh axes over which gradients are summed; those of `gather_axes` by reduce-scatter.
+      gradient_spec: of gradients after that: as at rest, axes of one device that nothing was summed over named as well.
       expert_dimension: dimension of the experts in device layout, or -1.
     """
 
     spec: P
+    gradient_spec: P
     gather_axes: tuple[str, ...]
     gather_dimension: int
     reduce_axes: tuple[str, ...]
@@ -138,7 +140,9 @@ def leaf_sharding(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> 
     dimension that divides.
     """
     if path == ("final_norm",):
-        return LeafSharding(spec=P(), gather_axes=(), gather_dimension=0, reduce_axes=(PIPE, *BATCH))
+        return LeafSharding(
+            spec=P(), gradient_spec=P(), gather_axes=(), gather_dimension=0, reduce_axes=(PIPE, *BATCH)
+        )
     entries: list = [PIPE] + [None] * (len(shape) - 1)
     is_expert = "experts" in path
     expert_dimension = 3 if is_expert else -1
@@ -149,17 +153,21 @@ def leaf_sharding(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> 
     first_free = 3 + is_expert if path[0] == "layers" else 1
     fits = [d for d in range(first_free, len(shape)) if shape[d] % size == 0]
     if size == 1 or not fits:
+        # A sum over one device would be a copy of all its gradients.
+        alone = copies if size == 1 else ()
         return LeafSharding(
             spec=P(*entries),
+            gradient_spec=P((PIPE, *alone), *entries[1:]),
             gather_axes=(),
             gather_dimension=0,
-            reduce_axes=copies,
+            reduce_axes=() if alone else copies,
             expert_dimension=expert_dimension,
         )
     dimension = max(fits, key=lambda d: (shape[d], d))
     entries[dimension] = copies
     return LeafSharding(
         spec=P(*entries),
+        gradient_spec=P(*entries),
         gather_axes=copies,
         gather_dimension=dimension,
         reduce_axes=copies,

@@ -136,7 +136,7 @@ class Step:
                 return lax.psum_scatter(
                     leaf, sharding.gather_axes, scatter_dimension=sharding.gather_dimension, tiled=True
                 )
-            return lax.psum(leaf, sharding.reduce_axes)
+            return lax.psum(leaf, sharding.reduce_axes) if sharding.reduce_axes else leaf
 
         grads = {**grads, "layers": jax.tree.map(lambda leaf: leaf[None], grads["layers"])}
         if self.plan.vocabulary == "whole":

@@ -85,6 +85,16 @@ def test_a_copy_is_made_of_what_is_cast_or_gathered():
     assert gathered.compute_copy == gathered.accumulators - 4 * 64  # all but the final norm
 
 
+def test_gradients_that_no_other_device_has_a_part_in_are_not_reduced():
+    def stored(**sizes):
+        return storage(moe_model(), (4,), pipe=1, dtype="float32", **sizes)
+
+    alone, shared, split = stored(data=1, expert=1), stored(data=2, expert=1), stored(data=1, expert=2)
+    assert alone.reduced == 0 and alone.accumulators == alone.at_rest
+    assert shared.reduced == pytest.approx(shared.at_rest, rel=0.01)
+    assert 0 < split.reduced < split.at_rest  # Dense parameters only.
+
+
 def test_an_unknown_dtype_is_named():
     with pytest.raises(ValueError, match="dtype must be one of .*got 'float8'"):
         storage(moe_model(), (4,), pipe=1, data=1, expert=1, dtype="float8")

@@ -77,6 +77,15 @@ def test_what_does_not_divide_stays_whole():
     assert (odd.gather_axes, odd.reduce_axes) == ((), BATCH)
 
 
+def test_gradients_of_one_device_alone_are_not_summed():
+    mesh = build_mesh(pipe=2, data=1, expert_factors=(1, 1, 4), devices=jax.devices()[:8])
+    expert = leaf_sharding(("layers", "moe", "ffn", "experts", "down"), (2, 1, 3, 4, 6, 8), mesh)
+    assert expert.reduce_axes == () and expert.gradient_spec[0] == (PIPE, DATA)
+    assert expert.spec[0] == PIPE and expert.gradient_spec[1:] == expert.spec[1:]
+    dense = leaf_sharding(("layers", "moe", "attention", "query"), (2, 1, 3, 8, 2, 4), mesh)
+    assert dense.reduce_axes == BATCH and dense.gradient_spec == dense.spec
+
+
 def test_vocabulary_is_padded_to_the_pipe_ranks():
     assert [padded_vocabulary(61, pipe) for pipe in (1, 2, 4)] == [61, 62, 64]
 
