@@ -8,8 +8,13 @@
 At the end of every step a barrier holds all that its stages made, and the next chunk of tokens, until all are done:
 without it a compiler would send every chunk first and work after. Transposed, the barriers hold gradients, and the
 backward of a step runs beside those of the same step, in reverse: it is the same pipeline.
+
+On CPU two things differ. Barriers vanish before XLA orders the operations of a device, so there values are tied by an
+operation that it cannot remove. And exchanges of a device run one after the other, in that order: those of `work`
+before its products come first, then those of the other stages, beside products. On GPUs they run at the same time.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -18,6 +23,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from piperjax.runtime.dispatcher import DISPATCHED, Dispatcher, ExpertFFN, Sharing
+from piperjax.runtime.varying import vary_like
 
 
 def run(
@@ -36,20 +42,24 @@ def run(
     others = list(zip(*others, strict=True))
     arrived, sent, results, collected = {}, {}, {}, {}
     for step in range(chunks + 2):
-        made = {}
+        leaving = [(waiting, step)] if step < chunks else []
+        if step >= 2:
+            leaving.append((results, step - 2))
+        made = []
+        if 1 <= step <= chunks:
+            beside = partial(_work_beside, expert_ffn, leaving if chunks > 1 else [])
+            results[step - 1] = dispatcher.work(beside, arrived.pop(step - 1), sharing)
+            made.append((results, step - 1))
         if step < chunks:
             arrived[step], sent[step] = dispatcher.send(waiting[step], *others[step], sharing)
-            made["arrived"] = (arrived, step)
-        if 1 <= step <= chunks:
-            results[step - 1] = dispatcher.work(expert_ffn, arrived.pop(step - 1), sharing)
-            made["results"] = (results, step - 1)
+            made.append((arrived, step))
         if step >= 2:
             collected[step - 2] = dispatcher.collect(results.pop(step - 2), sent.pop(step - 2), sharing)
-            made["collected"] = (collected, step - 2)
+            made.append((collected, step - 2))
         if step + 1 < chunks:
-            made["waiting"] = (waiting, step + 1)
+            made.append((waiting, step + 1))
         if chunks > 1:
-            _hold(list(made.values()))
+            _hold(_until_all_are_there, made)
         if step < chunks:
             # After the barrier: what is kept must not ask for all that the barrier holds.
             arrived[step] = jax.tree.map(partial(_named, sharing), arrived[step])
@@ -62,12 +72,43 @@ def _named(sharing: Sharing, leaf: jax.Array) -> jax.Array:
     return leaf if remake else checkpoint_name(leaf, DISPATCHED)
 
 
-def _hold(made: list) -> None:
-    """Passes all floating-point arrays of (container, key) entries through one barrier."""
+def _work_beside(expert_ffn: ExpertFFN, leaving: list, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+    """The experts of one chunk. What other chunks send meanwhile leaves when their rows are there, not before."""
+    here = {"rows": rows}
+    if leaving:
+        _hold(_one_after_the_other, [(here, "rows"), *leaving])
+    return expert_ffn(here["rows"], sizes)
+
+
+def _hold(hold: Callable[[list[jax.Array]], list[jax.Array]], made: list) -> None:
+    """Passes all floating-point arrays of (container, key) entries through a function."""
     leaves, structure = jax.tree.flatten([container[key] for container, key in made])
     floating = [number for number, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    held = lax.optimization_barrier([leaves[number] for number in floating])
-    for number, leaf in zip(floating, held, strict=True):
+    alike = [vary_like(leaves[number], *leaves) for number in floating]
+    for number, leaf in zip(floating, hold(alike), strict=True):
         leaves[number] = leaf
     for (container, key), value in zip(made, jax.tree.unflatten(structure, leaves), strict=True):
         container[key] = value
+
+
+@jax.custom_vjp
+def _until_all_are_there(leaves: list[jax.Array]) -> list[jax.Array]:
+    return lax.platform_dependent(leaves, cpu=_tied, default=lax.optimization_barrier)
+
+
+@jax.custom_vjp
+def _one_after_the_other(leaves: list[jax.Array]) -> list[jax.Array]:
+    return lax.platform_dependent(leaves, cpu=_tied, default=lambda leaves: leaves)
+
+
+for _held in (_until_all_are_there, _one_after_the_other):
+    _held.defvjp(lambda leaves, held=_held: (held(leaves), None), lambda _, dy, held=_held: (held(dy),))
+
+
+def _tied(leaves: list[jax.Array]) -> list[jax.Array]:
+    """The same values, each of which needs all. That the condition always holds is nothing that XLA looks for."""
+    bits = jnp.int32(0)
+    for leaf in leaves:
+        first = lax.slice(leaf, (0,) * leaf.ndim, (1,) * leaf.ndim).reshape(()).astype(jnp.float32)
+        bits ^= lax.bitcast_convert_type(first, jnp.int32)
+    return [jnp.where((bits | 1) != 0, leaf, jnp.zeros((), leaf.dtype)) for leaf in leaves]
