@@ -118,8 +118,8 @@ class Layer:
 class Overlap:
     """Dispatch and combine of a layer whose experts take a part of the time that the wire does.
 
-    Variants are the wire alone (experts that return what they get), the products alone (as many rows, spread evenly),
-    and the layer in 1, 2, ... chunks.
+    Variants are the wire alone (experts that return what they get), the products alone (on buffers and groups like
+    those of the layer), and the layer in 1, 2, ... chunks.
 
     Attributes:
       num_experts: routed experts.
@@ -141,7 +141,7 @@ class Overlap:
     dispatch: str = "halo2_dedup"
     chunks: tuple[int, ...] = (1, 2, 4, 8)
     passes: str = "forward"
-    repeats: int = 5
+    repeats: int = 8
     rounds: int = 1
 
     @property
@@ -181,10 +181,11 @@ SWEEP: tuple[Cell, ...] = (
         num_experts=256, experts_per_token=8, tokens=32, d_model=1024, ways=(_ONCE, _DROPPING, _ONCE_DROPPING)
     ),
 )
-_OVERLAPPED = dict(num_experts=8, experts_per_token=2, tokens=1024, d_model=1024, d_ff=512)
+# Products are about a third of the wire.
+_OVERLAPPED = dict(num_experts=8, experts_per_token=2, tokens=1024, d_model=1024)
 OVERLAP = (
-    Overlap(**_OVERLAPPED, chunks=(1, 4, 8)),
-    Overlap(**_OVERLAPPED, chunks=(1, 4), passes="forward and backward", repeats=3),
+    Overlap(**_OVERLAPPED, d_ff=1536, chunks=(1, 4, 8)),
+    Overlap(**_OVERLAPPED, d_ff=1024, chunks=(1, 4, 8), passes="forward and backward", repeats=6),
 )
 CELLS: dict[str, tuple[Cell, ...]] = {"sweep": SWEEP, "overlap": OVERLAP}
 

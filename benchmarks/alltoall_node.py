@@ -29,11 +29,12 @@ def measure(cells: tuple[Cell, ...], mesh: Mesh) -> None:
     for cell in cells:
         programs = {name: _compiled(*program) for name, program in programs_of(cell, mesh).items()}
         check(cell, {name: program() for name, program in programs.items()})
-        for _ in range(cell.repeats):
-            for name, program in programs.items():
+        for repeat in range(cell.repeats):
+            # To and fro, so that what drifts does so for all variants alike.
+            for name in list(programs)[:: -1 if repeat % 2 else 1]:
                 barrier()
                 start = time.perf_counter()
-                jax.block_until_ready(program())
+                jax.block_until_ready(programs[name]())
                 end = start + (time.perf_counter() - start) / cell.rounds
                 print(Sample(cell.label, name, start, end).line(), flush=True)
 

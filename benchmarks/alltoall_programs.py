@@ -78,12 +78,18 @@ def untouched(rows, *_, **__):
 def layer_arguments(cell: Layer | Overlap, mesh: Mesh, *, d_ff: int) -> tuple[jax.Array, ...]:
     """Tokens [P T, D], experts [P T, k], gates [P T, k] and weights [E, D, F], [E, F, D], the same on every mesh."""
     E, k, T, D = cell.num_experts, cell.experts_per_token, cell.tokens * mesh.size, cell.d_model
-    rng = np.random.default_rng(0)
-    ids = np.argsort(rng.random((T, E)), axis=1)[:, :k].astype(np.int32)
+    rng, ids = np.random.default_rng(0), _routing(cell, mesh)
     shapes = (T, D), (T, k), (E, D, d_ff), (E, d_ff, D)
     x, gates, w_in, w_out = (rng.standard_normal(shape, np.float32) for shape in shapes)
     w_in, w_out = w_in / np.sqrt(np.float32(D)), w_out / np.sqrt(np.float32(d_ff))
     return tuple(globally(array, mesh) for array in (x, ids, gates, w_in, w_out))
+
+
+def _routing(cell: Layer | Overlap, mesh: Mesh) -> np.ndarray:
+    """Experts of every token [P T, k], distinct and at random."""
+    shape = cell.tokens * mesh.size, cell.num_experts
+    order = np.argsort(np.random.default_rng(1).random(shape), axis=1)
+    return order[:, : cell.experts_per_token].astype(np.int32)
 
 
 def globally(array: np.ndarray, mesh: Mesh) -> jax.Array:
@@ -111,7 +117,7 @@ def _overlapping(cell: Overlap, mesh: Mesh) -> dict[str, Program]:
         layer = dispatching(cell, Variant(cell.dispatch, 0.0, chunks), mesh, products)
         return Program(_with_gradients(layer) if both else layer, arguments)
 
-    programs = {"wire": program(1, untouched), "products": _products(cell, mesh, arguments, both=both)}
+    programs = {"wire": program(1, untouched), "products": _products(cell, mesh, arguments)}
     return programs | {f"x{chunks}": program(chunks, ffn) for chunks in cell.chunks}
 
 
@@ -128,19 +134,27 @@ def _with_gradients(layer: Callable) -> Callable:
     return both
 
 
-def _products(cell: Overlap, mesh: Mesh, arguments: tuple[jax.Array, ...], *, both: bool) -> Program:
-    """The experts alone: T k rows on every device, an equal number for each of its experts."""
-    rows = cell.tokens * cell.experts_per_token
-    here = cell.num_experts // mesh.size
-    sizes = np.full(here, rows // here, np.int32)
+def _products(cell: Overlap, mesh: Mesh, arguments: tuple[jax.Array, ...]) -> Program:
+    """The experts alone, on buffers as long and rows as many for each as in the layer."""
+    num_rows = []
 
-    def per_device(x, w_in, w_out):
-        copies = jnp.concatenate([x] * cell.experts_per_token)
-        if not both:
-            return ffn(copies, sizes, w_in, w_out)
-        y, pull = jax.vjp(lambda *args: ffn(args[0], sizes, *args[1:]), copies, w_in, w_out)
+    def seen(rows, *_, **__):
+        num_rows.append(len(rows))
+        return rows
+
+    jax.eval_shape(dispatching(cell, Variant(cell.dispatch), mesh, seen), *arguments)
+    copies = -(-num_rows[0] // cell.tokens)
+    sizes = np.bincount(_routing(cell, mesh).reshape(-1), minlength=cell.num_experts).astype(np.int32)
+
+    def per_device(rows, sizes, w_in, w_out):
+        if "backward" not in cell.passes:
+            return ffn(rows, sizes, w_in, w_out)
+        y, pull = jax.vjp(lambda *args: ffn(args[0], sizes, *args[1:]), rows, w_in, w_out)
         return pull(y)
 
     x, _, _, w_in, w_out = arguments
-    function = jax.shard_map(per_device, mesh=mesh, in_specs=(SPEC,) * 3, out_specs=SPEC)
-    return Program(function, (x, w_in, w_out))
+    tile = jax.shard_map(
+        lambda x: jnp.concatenate([x] * copies)[: num_rows[0]], mesh=mesh, in_specs=SPEC, out_specs=SPEC
+    )
+    function = jax.shard_map(per_device, mesh=mesh, in_specs=(SPEC,) * 4, out_specs=SPEC)
+    return Program(function, (jax.jit(tile)(x), globally(sizes, mesh), w_in, w_out))
