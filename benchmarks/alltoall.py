@@ -1,6 +1,6 @@
 """Bars of expert dispatch: bytes by level, times on a shaped network, what is hidden, and the simulation beside them.
 
-    python -m benchmarks.alltoall [bytes sweep overlap] [--write]
+    python -m benchmarks.alltoall [bytes sweep overlap schedule] [--write]
 
 bytes: every dispatcher, compiled for 2 and 4 nodes of 8 simulated devices, sends between nodes what the closed form
 says (1 %), and with de-duplication 3.8 and 2.1 times fewer for E=256, k=8 than one copy per expert; results and
@@ -12,13 +12,15 @@ quick as flat where neither drops anything, and 1.2 times as quick, with and wit
 capacity 1.5; what the planner chooses is never below 0.95 of the best; the simulation is right within a factor of 1.3
 (geometric mean), one number fitted.
 
-overlap: 2 nodes; of the experts' products 70 % are hidden behind the wire forward, 50 % forward and backward. Gloo
-moves a message between two processes in both directions at once or one after the other, as they happen to meet: what
-one has to say about what it can receive waits behind what it already sends on the same connection. So the wire takes
-one to two times what the rate says, and the shares are of means over repeats.
+overlap: 2 nodes, 400 Mbit/s of a medium that both directions share; of the experts' products 70 % are hidden behind the
+wire forward, 50 % forward and backward. Shares are of means over repeats.
 
-sweep and overlap need Linux and root (`benchmarks/shaped_network.py`), and are skipped without. Times are those of the
-sockets of one machine whose cores do the work of all nodes: shares and orders, not speeds of a cluster.
+schedule: 4 nodes of 8 H100 that are not there; as XLA orders the operations of a layer in chunks, with the flags that a
+step sets, at least the products of all but one chunk run beside exchanges between nodes, forward and backward.
+
+sweep and overlap need Linux and root (`benchmarks/shaped_network.py`), schedule needs XLA's plugin for CUDA
+(`benchmarks/absent_gpus.py`); they are skipped without. Times are those of the sockets of one machine whose cores do
+the work of all nodes: shares and orders, not speeds of a cluster.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 
+from benchmarks import absent_gpus
 from benchmarks import alltoall_model as model
 from benchmarks.alltoall_cells import OVERLAP, SWEEP, Cell, Exchange, Layer, merge, paired_ratio, read_samples
 from benchmarks.shaped_network import (
@@ -43,9 +46,9 @@ from piperjax.planner.charts import Axis, Point, Series, plot
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE, PICTURE = ROOT / "benchmarks" / "results" / "alltoall.csv", ROOT / "docs" / "alltoall.svg"
-PARTS = ("bytes", "sweep", "overlap")
+PARTS = ("bytes", "sweep", "overlap", "schedule")
 SHAPE = model.Shape(nodes=4, local=8, bytes_per_second=25e6, cores=os.cpu_count() or 1)
-OVERLAP_SHAPE = model.Shape(nodes=2, local=2, bytes_per_second=25e6, cores=os.cpu_count() or 1)
+OVERLAP_SHAPE = model.Shape(nodes=2, local=2, bytes_per_second=50e6, cores=os.cpu_count() or 1)
 LIMIT_SECONDS = 180
 # De-duplicated dispatch that drops nothing over flat that drops nothing, and over flat that may; and both with limits.
 COMPARED = (
@@ -56,10 +59,12 @@ COMPARED = (
 
 
 def measure(
-    shape: model.Shape, part: str, *, limit_seconds: float = LIMIT_SECONDS
+    shape: model.Shape, part: str, *, shaped: str = "links", limit_seconds: float = LIMIT_SECONDS
 ) -> tuple[model.Seconds, int]:
     """Seconds of every repeat by cell and variant on a shaped network, and frames that its queues dropped."""
-    network = ShapedNetwork(num_nodes=shape.nodes, bytes_per_second=shape.bytes_per_second, owner=os.getpid())
+    network = ShapedNetwork(
+        num_nodes=shape.nodes, bytes_per_second=shape.bytes_per_second, shaped=shaped, owner=os.getpid()
+    )
     arguments = ["--local", str(shape.local), "--part", part]
     with up(network):
         printed = run_on_nodes(network, "benchmarks.alltoall_node", arguments, limit_seconds=limit_seconds)
@@ -124,9 +129,9 @@ def sweep_bars(
 
 def overlap() -> bool:
     """Measures how much of the products hides behind the wire, and says whether the bars are met."""
-    seconds, dropped = measure(OVERLAP_SHAPE, "overlap")
+    seconds, dropped = measure(OVERLAP_SHAPE, "overlap", shaped="medium")
     print(f"{OVERLAP_SHAPE.nodes} nodes of {OVERLAP_SHAPE.local} devices, {OVERLAP_SHAPE.bytes_per_second * 8e-6:g} "
-          f"Mbit/s a node; {dropped} frames dropped")  # fmt: skip
+          f"Mbit/s for both directions together; {dropped} frames dropped")  # fmt: skip
     print("\n".join(table(OVERLAP, seconds)))
     print()
     met = True
@@ -238,7 +243,14 @@ def main() -> int:
         from benchmarks import alltoall_bytes  # JAX, and 32 simulated devices
 
         met &= alltoall_bytes.run(judge)
-    shaped = [part for part in parts if part != "bytes"]
+    if "schedule" in parts:
+        if reason := absent_gpus.reason_to_skip():
+            print(f"skipped schedule: {reason}")
+        else:
+            from benchmarks import alltoall_schedule
+
+            met &= alltoall_schedule.run(judge)
+    shaped = [part for part in parts if part in ("sweep", "overlap")]
     if shaped and (reason := reason_to_skip()):
         print(f"skipped {' and '.join(shaped)}: {reason}")
         shaped = []

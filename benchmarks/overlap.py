@@ -13,13 +13,10 @@ The bar: with overlap, most all-to-alls have products of the *other* pass betwee
 """
 
 import argparse
-import importlib.util
 import os
 import re
 import sys
-from pathlib import Path
 
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 " + os.environ.get("XLA_FLAGS", "")
 
 import jax
@@ -27,12 +24,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import absent_gpus
 from benchmarks.cases import abstract_batch, moe_model
 from meshes.mesh import build_mesh
 from piperjax.planner.plan import Plan
 from piperjax.runtime.executor import Executor
 
-TARGET = Path(__file__).parent / "h100.txtpb"
 PRODUCT = re.compile(r"__triton_(nested_)?gemm|__cublas|cutlass|xla\.gpu\.triton")
 
 
@@ -103,18 +100,14 @@ def main() -> int:
     )
     parser.add_argument("--memory-mode", default="named")
     args = parser.parse_args()
-    if importlib.util.find_spec("jax_cuda12_plugin") is None:
-        print("needs the CUDA plugin of this jax, though no GPU: see python -m benchmarks.overlap --help")
+    if reason := absent_gpus.reason_to_skip():
+        print(reason)
         return 2
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(
-        topology_name="h100", platform="cuda", topology="1x1x8", target_config=TARGET.read_text()
-    )
+    devices = absent_gpus.h100(1, 8)
     best = {}
     for overlap in (False, True):
         print(f"overlap {'on' if overlap else 'off'}")
-        loops = launches(compiled_text(list(topology.devices), overlap=overlap, memory_mode=args.memory_mode))
+        loops = launches(compiled_text(devices, overlap=overlap, memory_mode=args.memory_mode))
         for events in loops:
             count, total = hidden(events)
             print(f"  hidden {count} of {total}: {' '.join(events)}")

@@ -5,6 +5,11 @@ token bucket, so that a node sends and receives at the set rate and no faster. W
 fabrics that this stands for lose nothing. Needs root and Debian's iproute2; what is made is removed whatever happens,
 and what a killed run left behind is removed by the next.
 
+Instead, one token bucket may be a medium that all frames share, whichever way they go. Gloo sends a message between two
+processes in both directions at once or one after the other, as they happen to meet: what one has to say about what it
+can receive waits behind what it already sends on the same connection. On links that makes a factor of one to two, by
+chance; on a medium it makes none.
+
 Rates are set, not the seconds of a message: these are the CPU seconds of the kernel and of gloo on the cores that all
 nodes share.
 """
@@ -22,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 PREFIX = "pj"
 PORT = 29_500
@@ -58,12 +64,14 @@ class ShapedNetwork:
       bytes_per_second: of the link of a node, per direction, headers included.
       queue_seconds: what may wait at either end of a link, in seconds of its rate. Shallow queues drop what arrives
         from several nodes at once, and TCP then waits for time-outs.
+      shaped: the "links" of nodes, or the "medium" between them, which then has that rate for all and both directions.
       owner: number of the process that makes it; part of all names.
     """
 
     num_nodes: int
     bytes_per_second: float
     queue_seconds: float = 1.0
+    shaped: Literal["links", "medium"] = "links"
     owner: int = 0
 
     def __post_init__(self):
@@ -89,6 +97,16 @@ class ShapedNetwork:
         """Names of the namespaces."""
         return [f"{PREFIX}{self.owner}n{node}" for node in range(self.num_nodes)]
 
+    @property
+    def ports(self) -> list[str]:
+        """Names of the ends of links outside of the namespaces."""
+        return [f"{PREFIX}{self.owner}v{node}" for node in range(self.num_nodes)]
+
+    @property
+    def medium(self) -> str:
+        """Name of the interface through which all frames go, if that is what is shaped."""
+        return f"{PREFIX}{self.owner}v{self.num_nodes}"
+
     def address(self, node: int) -> str:
         """IPv4 address of a node."""
         return f"10.77.0.{node + 1}"
@@ -100,8 +118,7 @@ class ShapedNetwork:
             f"root tbf rate {round(self.bytes_per_second * 8)}bit burst {BURST_BYTES} "
             f"latency {round(self.queue_seconds * 1e3)}ms"
         )
-        for number, node in enumerate(self.nodes):
-            port = f"{PREFIX}{self.owner}v{number}"
+        for number, (node, port) in enumerate(zip(self.nodes, self.ports, strict=True)):
             made += [
                 f"ip netns add {node}",
                 f"ip link add {port} type veth peer name eth0 netns {node}",
@@ -109,13 +126,32 @@ class ShapedNetwork:
                 f"ip -n {node} addr add {self.address(number)}/24 dev eth0",
                 f"ip -n {node} link set eth0 up",
                 f"ip -n {node} link set lo up",
-                f"tc qdisc add dev {port} {shape}",
                 f"tc -n {node} qdisc add dev eth0 {shape}",
             ]
+            if self.shaped == "links":
+                made.append(f"tc qdisc add dev {port} {shape}")
+        if self.shaped == "medium":
+            made += self._medium_commands(shape)
         made += [f"ip -n {node} link set eth0 gso_max_size {SOCKET_BYTES}" for node in self.nodes]
         return [command.split() for command in made] + [
             ["ip", "netns", "exec", node, "sh", "-c", _TCP] for node in self.nodes
         ]
+
+    def _medium_commands(self, shape: str) -> list[str]:
+        """What comes from a node does not enter the bridge by its port, but by way of the medium."""
+        end = f"{PREFIX}{self.owner}v{self.num_nodes + 1}"
+        made = [
+            f"ip link add {self.medium} type veth peer name {end}",
+            f"ip link set {end} master {self.bridge} up",
+            # All addresses come from here, and none is here: without knowing where, a bridge sends to all others.
+            f"ip link set {end} type bridge_slave learning off",
+            f"ip link set {self.medium} gso_max_size {SOCKET_BYTES} up",
+            f"tc qdisc add dev {self.medium} {shape}",
+        ]
+        redirect = f"protocol all u32 match u32 0 0 action mirred egress redirect dev {self.medium}"
+        for port in self.ports:
+            made += [f"tc qdisc add dev {port} ingress", f"tc filter add dev {port} parent ffff: {redirect}"]
+        return made
 
 
 def reason_to_skip(
@@ -216,9 +252,8 @@ def _existing(run: Run, hosts: Path) -> dict[int, list[tuple[str, str]]]:
 def dropped_frames(network: ShapedNetwork, *, run: Run | None = None) -> int:
     """Frames that found a full queue since the network was made."""
     run = run or _run
-    ports = [
-        ["tc", "-s", "qdisc", "show", "dev", f"{PREFIX}{network.owner}v{n}"] for n in range(network.num_nodes)
-    ]
+    shaped = network.ports if network.shaped == "links" else [network.medium]
+    ports = [["tc", "-s", "qdisc", "show", "dev", name] for name in shaped]
     inner = [["tc", "-n", node, "-s", "qdisc", "show", "dev", "eth0"] for node in network.nodes]
     return sum(int(n) for command in ports + inner for n in re.findall(r"dropped (\d+)", run(command).stdout))
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,19 @@ def test_two_nodes_drawn_out():
         "ip -n pj7n0 addr add 10.77.0.1/24 dev eth0",
         "ip -n pj7n0 link set eth0 up",
         "ip -n pj7n0 link set lo up",
-        f"tc qdisc add dev pj7v0 {shape}",
         f"tc -n pj7n0 qdisc add dev eth0 {shape}",
+        f"tc qdisc add dev pj7v0 {shape}",
+    ]
+    commands = [" ".join(command) for command in replace(network, shaped="medium").commands()]
+    redirect = "protocol all u32 match u32 0 0 action mirred egress redirect dev pj7v2"
+    assert [command for command in commands if "pj7v2" in command or "pj7v3" in command] == [
+        "ip link add pj7v2 type veth peer name pj7v3",
+        "ip link set pj7v3 master pj7b up",
+        "ip link set pj7v3 type bridge_slave learning off",
+        "ip link set pj7v2 gso_max_size 16384 up",
+        f"tc qdisc add dev pj7v2 {shape}",
+        f"tc filter add dev pj7v0 parent ffff: {redirect}",
+        f"tc filter add dev pj7v1 parent ffff: {redirect}",
     ]
     assert max(len(name) for name in (network.bridge, "pj4194304v15")) <= 15  # What Linux allows.
 
