@@ -184,8 +184,8 @@ SWEEP: tuple[Cell, ...] = (
 # Products are about a third of the wire.
 _OVERLAPPED = dict(num_experts=8, experts_per_token=2, tokens=1024, d_model=1024)
 OVERLAP = (
-    Overlap(**_OVERLAPPED, d_ff=1536, chunks=(1, 4, 8)),
-    Overlap(**_OVERLAPPED, d_ff=1024, chunks=(1, 4, 8), passes="forward and backward", repeats=6),
+    Overlap(**_OVERLAPPED, d_ff=1536, chunks=(1, 4, 8), repeats=6),
+    Overlap(**_OVERLAPPED, d_ff=1024, chunks=(1, 4), passes="forward and backward", repeats=5),
 )
 CELLS: dict[str, tuple[Cell, ...]] = {"sweep": SWEEP, "overlap": OVERLAP}
 

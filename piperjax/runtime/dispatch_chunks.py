@@ -74,10 +74,9 @@ def _named(sharing: Sharing, leaf: jax.Array) -> jax.Array:
 
 def _work_beside(expert_ffn: ExpertFFN, leaving: list, rows: jax.Array, sizes: jax.Array) -> jax.Array:
     """The experts of one chunk. What other chunks send meanwhile leaves when their rows are there, not before."""
-    here = {"rows": rows}
     if leaving:
-        _hold(_one_after_the_other, [(here, "rows"), *leaving])
-    return expert_ffn(here["rows"], sizes)
+        _hold(partial(_after, rows), leaving)
+    return expert_ffn(rows, sizes)
 
 
 def _hold(hold: Callable[[list[jax.Array]], list[jax.Array]], made: list) -> None:
@@ -93,22 +92,38 @@ def _hold(hold: Callable[[list[jax.Array]], list[jax.Array]], made: list) -> Non
 
 @jax.custom_vjp
 def _until_all_are_there(leaves: list[jax.Array]) -> list[jax.Array]:
-    return lax.platform_dependent(leaves, cpu=_tied, default=lax.optimization_barrier)
+    return lax.platform_dependent(
+        leaves, cpu=lambda leaves: _tied(leaves, to=leaves), default=lax.optimization_barrier
+    )
+
+
+_until_all_are_there.defvjp(
+    lambda leaves: (_until_all_are_there(leaves), None), lambda _, dy: (_until_all_are_there(dy),)
+)
+
+
+def _after(first: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
+    """The same values, on CPU not before the first is there."""
+    first = lax.stop_gradient(vary_like(first, *leaves))
+    return _wait([vary_like(leaf, first) for leaf in leaves], first)
 
 
 @jax.custom_vjp
-def _one_after_the_other(leaves: list[jax.Array]) -> list[jax.Array]:
-    return lax.platform_dependent(leaves, cpu=_tied, default=lambda leaves: leaves)
+def _wait(leaves: list[jax.Array], first: jax.Array) -> list[jax.Array]:
+    def tied(leaves, first):
+        return _tied(leaves, to=[first])
+
+    return lax.platform_dependent(leaves, first, cpu=tied, default=lambda leaves, _: leaves)
 
 
-for _held in (_until_all_are_there, _one_after_the_other):
-    _held.defvjp(lambda leaves, held=_held: (held(leaves), None), lambda _, dy, held=_held: (held(dy),))
+# Backward, exchanges of the same kind come first by themselves: nothing else is ready as soon.
+_wait.defvjp(lambda leaves, first: (_wait(leaves, first), None), lambda _, dy: (dy, None))
 
 
-def _tied(leaves: list[jax.Array]) -> list[jax.Array]:
-    """The same values, each of which needs all. That the condition always holds is nothing that XLA looks for."""
+def _tied(leaves: list[jax.Array], *, to: list[jax.Array]) -> list[jax.Array]:
+    """The same values, each of which needs all others. That the condition always holds is nothing that XLA sees."""
     bits = jnp.int32(0)
-    for leaf in leaves:
-        first = lax.slice(leaf, (0,) * leaf.ndim, (1,) * leaf.ndim).reshape(()).astype(jnp.float32)
-        bits ^= lax.bitcast_convert_type(first, jnp.int32)
+    for leaf in to:
+        corner = lax.slice(leaf, (0,) * leaf.ndim, (1,) * leaf.ndim).reshape(()).astype(jnp.float32)
+        bits ^= lax.bitcast_convert_type(corner, jnp.int32)
     return [jnp.where((bits | 1) != 0, leaf, jnp.zeros((), leaf.dtype)) for leaf in leaves]
