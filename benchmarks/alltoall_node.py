@@ -4,6 +4,7 @@ Started by `benchmarks.shaped_network.run_on_nodes`. Before times are taken, eve
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from piperjax.training.distributed import initialize, process_group
 
 # Sums of experts in another order.
 TOLERANCE = 1e-5
+# Threads of a process for the work of its devices, by default one for every core. An exchange holds one while it waits,
+# and products, cut into parts for all of them, would wait for it.
+OVERLAP_THREADS = 8
 
 
 def measure(cells: tuple[Cell, ...], mesh: Mesh) -> None:
@@ -73,6 +77,8 @@ def main() -> int:
     parser.add_argument("--local", type=int, required=True, help="devices of each node")
     parser.add_argument("--part", choices=CELLS, required=True, help="what to measure")
     args = parser.parse_args()
+    if args.part == "overlap":
+        os.environ.setdefault("NPROC", str(OVERLAP_THREADS))  # Read by XLA when its devices start.
     simulate_devices(args.local)
     initialize(process_group(args.coordinator, args.processes, args.process_id))
     measure(CELLS[args.part], build_mesh(pipe=1, data=1, expert_factors=(1, args.processes, args.local)))
