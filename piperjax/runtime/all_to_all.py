@@ -63,10 +63,10 @@ def _halo2(x: jax.Array, axes: Axes) -> jax.Array:
     Those between nodes are L times as large as flat ones, and every device sends to its own index only, by its own
     network interface. The first phase brings rows for this node to their destination.
 
-    Piper (arXiv:2605.05049, section 6) sends those beside the others, and these on inside the destination's node. That is
-    one message phase more, and saves 1 / N of the first: on 4 nodes of 8 devices over sockets, where exchanges of a device
-    run one after the other, it took 2.3 times as long at 256 B of a pair, 1.1 at 4 KiB, and 0.97 at 64 KiB, which is
-    within the scatter.
+    Piper (arXiv:2605.05049, section 6) sends those beside the others, and these on inside the destination's node.
+    That is one phase more, and saves 1 / N of the first: on 4 nodes of 8 devices over sockets, where exchanges of a
+    device run one after the other, it took 2.3 times as long at 256 B of a pair, 1.1 at 4 KiB, and 0.97 at 64 KiB,
+    which is within the scatter.
     """
     nodes, local = split_axes(axes)
     if not nodes or not local:
