@@ -181,11 +181,11 @@ SWEEP: tuple[Cell, ...] = (
         num_experts=256, experts_per_token=8, tokens=32, d_model=1024, ways=(_ONCE, _DROPPING, _ONCE_DROPPING)
     ),
 )
-# The proportions of Mixtral 8x7B, d_ff = 3.5 d_model.
-_OVERLAPPED = dict(num_experts=8, experts_per_token=2, tokens=512, d_model=1024, d_ff=3584)
+# Products are a third of the wire forward. Fewer tokens, and backward would mostly add up gradients of weights.
+_OVERLAPPED = dict(num_experts=8, experts_per_token=2, tokens=1024, d_model=1024, d_ff=2048)
 OVERLAP = (
-    Overlap(**_OVERLAPPED, chunks=(1, 4, 8), repeats=6),
-    Overlap(**_OVERLAPPED, chunks=(1, 4), passes="forward and backward", repeats=5),
+    Overlap(**_OVERLAPPED, chunks=(1, 4), repeats=7),
+    Overlap(**_OVERLAPPED, chunks=(1, 4), passes="forward and backward", repeats=4),
 )
 CELLS: dict[str, tuple[Cell, ...]] = {"sweep": SWEEP, "overlap": OVERLAP}
 
