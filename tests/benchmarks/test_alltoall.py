@@ -202,4 +202,4 @@ def test_parts_are_named(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["alltoall", "swep"])
     with pytest.raises(SystemExit):
         alltoall.main()
-    assert "there are bytes, sweep, overlap, got 'swep'" in capsys.readouterr().err
+    assert "there are bytes, sweep, overlap, schedule, got 'swep'" in capsys.readouterr().err
