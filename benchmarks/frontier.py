@@ -296,7 +296,7 @@ def _best_division(model: ModelConfig, row: Mapping[str, Any], system: System, s
 
 
 def _own_plan(model: ModelConfig, row: Mapping[str, Any], devices: int, seq_len: int) -> Outcome:
-    """What `python -m piperjax plan` prints: without dropping rows, and with a capacity factor if nothing fits so."""
+    """What `python -m piperjax plan` prints: buffers for any routing, or smaller ones if nothing fits so."""
     label = f"{row.get('strategy', 'Piper')} {row['model']} {devices} devices"
     batch = row.get("gbs") or -(-GLOBAL_BATCH // devices) * devices
     question = Question(
@@ -313,7 +313,8 @@ def _own_plan(model: ModelConfig, row: Mapping[str, Any], devices: int, seq_len:
         note = str(error).partition(";")[0]
         return Outcome(label=label, kind="own planner", published=row["tflops"], predicted=0.0, note=note)
     plan = best.plan
-    limit = f", capacity factor {plan.capacity_factor:g}" if plan.capacity_factor else ""
+    rest = {"passes": "the rest in later passes", "drop": "the rest dropped"}[plan.overflow]
+    limit = f", places for {plan.capacity_factor:g} of balanced rows, {rest}" if plan.capacity_factor else ""
     return Outcome(
         label=label,
         kind="own planner",
