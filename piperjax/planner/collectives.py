@@ -255,11 +255,7 @@ def halo(
     spread, sent_last = _messages(platform, within, spread_bytes / local, chunks=chunks)
     if striped and local > 1:
         gathered, sent_first = _messages(platform, within, (near_bytes + far_bytes) / local)
-        rounds = ceil((num_nodes - 1) / local)
-        fewer = tuple(count * rounds / (num_nodes - 1) for count in beyond)
-        crossed, sent_far = _messages(platform, fewer, per_node * local / leaders_of_a_pair(num_nodes, local))
-        # Some leaders have nothing to send, those of a node and itself; bytes are counted on average.
-        sent_far = [count * per_node for count in beyond]
+        crossed, sent_far = _between_leaders(platform, layout, per_node)
         seconds = gathered + crossed + spread
     else:
         beside, sent_first = _messages(platform, within, near_bytes / local, chunks=chunks)
@@ -286,13 +282,38 @@ def inside_nodes(
 
 
 def between_nodes(
-    platform: Platform, group_or_factors: Group | tuple[int, int, int], num_bytes: Any
+    platform: Platform,
+    group_or_factors: Group | tuple[int, int, int],
+    num_bytes: Any,
+    *,
+    striped: bool = False,
 ) -> Transfer:
-    """Every device sends `num_bytes` in equal parts to the devices of its local index in all nodes, itself included."""
+    """Every device sends `num_bytes` in equal parts to the devices of its local index in all nodes, itself included.
+
+    Striped, it hands them to the leaders of the pairs of nodes, these send what they have of their node, and hand out
+    what they receive (`halo`): all bytes also move inside, twice.
+    """
     layout = layout_of(platform, group_or_factors)
-    part = num_bytes * layout.local / layout.size
+    local, num_nodes = layout.local, layout.size // layout.local
+    part = num_bytes / num_nodes
+    within, beyond = _peers(layout)
+    if not striped or local == 1 or num_nodes == 1:
+        return _transfer(platform, *_messages(platform, beyond, part), own_bytes=part)
+    handed, sent_inside = _messages(platform, within, num_bytes / local)
+    crossed, sent_far = _between_leaders(platform, layout, part)
+    sent = [2 * near + far for near, far in zip(sent_inside, sent_far, strict=True)]
+    return _transfer(platform, 2 * handed + crossed, sent, own_bytes=part + 2 * num_bytes / local)
+
+
+def _between_leaders(platform: Platform, layout: Layout, per_node: Any) -> tuple[Any, list[Any]]:
+    """Seconds and bytes by level of leaders, who send for all devices of a node what each has for another."""
+    local, num_nodes = layout.local, layout.size // layout.local
     _, beyond = _peers(layout)
-    return _transfer(platform, *_messages(platform, beyond, part), own_bytes=part)
+    rounds = ceil((num_nodes - 1) / local)
+    fewer = tuple(count * rounds / (num_nodes - 1) for count in beyond)
+    seconds, _ = _messages(platform, fewer, per_node * local / leaders_of_a_pair(num_nodes, local))
+    # Some leaders have nothing to send, those of a node and itself; bytes are counted on average.
+    return seconds, [count * per_node for count in beyond]
 
 
 def _peers(layout: Layout) -> tuple[tuple[float, ...], tuple[float, ...]]:

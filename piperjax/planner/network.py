@@ -87,10 +87,9 @@ def dispatch_stages(
         nodes, devices = load.reached()
         per_node = load.static_rows(nodes, load.num_nodes, tokens, capacity_factor) * row_bytes
         per_device = load.static_rows(devices, load.num_devices, tokens, capacity_factor) * row_bytes
-        if way.algorithm != "halo2":
-            return Stages(_once_per_node(platform, way, load, per_node, per_device), nothing)
+        striped = way.algorithm == "halo3"
         return Stages(
-            between_nodes(platform, expert_factors, load.num_nodes * per_node),
+            between_nodes(platform, expert_factors, load.num_nodes * per_node, striped=striped),
             inside_nodes(platform, expert_factors, load.num_devices * per_device),
         )
     most = tokens * min(experts_per_token, num_experts // load.num_devices)

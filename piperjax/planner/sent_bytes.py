@@ -18,8 +18,8 @@ def dispatch_bytes(model: ModelConfig, plan: Plan, *, dtype: str = "bfloat16") -
 
     Of the rows that an exchange of P devices moves, those on N nodes of L devices: a flat one sends each to its device;
     hierarchical ones send all of them inside of the node and all between nodes, halo3 inside twice; once per node, rows
-    between nodes are those that arrive at a node, and those inside what arrives at a device. Levels of nothing are left
-    out. Counts of rows, a few bytes per expert, are not counted.
+    between nodes are those that arrive at a node, and those inside what arrives at a device, and with halo3 those of a
+    node twice more. Levels of nothing are left out. Counts of rows, a few bytes per expert, are not counted.
     """
     share, sent = Share.of(plan, dtype), dict.fromkeys(LEVELS, 0.0)
     if plan.expert == 1:
@@ -43,7 +43,9 @@ def _layer_bytes(D: int, ffn: MoEFFN, plan: Plan, share: Share) -> dict[str, flo
     if way.algorithm == "flat":
         return _spread(plan.expert_factors, each * rows.experts, "all")
     between = each * (rows.of_node if way.deduplicates else rows.experts)
-    inside = each * rows.arrived * (2 if way.algorithm == "halo3" else 1)
+    inside = each * rows.arrived
+    if way.algorithm == "halo3":  # To leaders and from them.
+        inside = each * (rows.arrived + 2 * rows.of_node) if way.deduplicates else 2 * inside
     found = _spread(plan.expert_factors, between, "between")
     for level, num_bytes in _spread(plan.expert_factors, inside, "inside").items():
         found[level] += num_bytes

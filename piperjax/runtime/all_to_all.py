@@ -90,35 +90,46 @@ def _halo3(x: jax.Array, axes: Axes) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _through_leaders(x: jax.Array, nodes: Axes, local: Axes) -> jax.Array:
-    return _by_leaders(x, nodes, local)
+    return by_leaders(x, nodes, local)
 
 
-def _by_leaders(x: jax.Array, nodes: Axes, local: Axes) -> jax.Array:
+def by_leaders(x: jax.Array, nodes: Axes, local: Axes, *, to_same_index: bool = False) -> jax.Array:
+    """Per device: rows for all devices [N L C, ...], or for those of its own index in all nodes, [N C, ...].
+
+    Returns what these sent. The axes must have more than one device each. It is its own transpose; its gathers, taken
+    one by one, are not: they would become scatters, so who calls this says that.
+    """
     N, L = axes_size(nodes), axes_size(local)
     leaders = _Leaders(N, L)
-    rows = x.reshape(N, L, -1)
+    rows = x.reshape(N, 1 if to_same_index else L, -1)
     width = rows.shape[2]
     padding = -width % leaders.shares
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padding))).reshape(N, L, leaders.shares, -1)
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padding))).reshape(*rows.shape[:2], leaders.shares, -1)
     node = lax.axis_index(nodes)
     # [leader, round, destination, part of a row]
-    rows = take(rows.swapaxes(1, 2).reshape(N * leaders.shares, L, -1), take(leaders.sources, node))
-    rows = lax.all_to_all(rows, local, 0, 0, tiled=True)
+    rows = rows.swapaxes(1, 2).reshape(N * leaders.shares, rows.shape[1], -1)
+    rows = lax.all_to_all(take(rows, take(leaders.sources, node)), local, 0, 0, tiled=True)
     # [round, source, destination, part]
-    arrived = [
-        lax.ppermute(rows[:, number], (*nodes, *local), pairs) for number, pairs in enumerate(leaders.rounds)
-    ]
-    rows = lax.all_to_all(jnp.stack(arrived), local, 2, 2, tiled=True)
-    # [round, source, leader, part] -> [node, part number, source, part]
-    rows = rows.swapaxes(1, 2).reshape(len(arrived) * L, L, -1)
-    rows = take(rows, take(leaders.targets, node)).swapaxes(1, 2)
-    return rows.reshape(N, L, -1)[:, :, :width].reshape(x.shape)
+    rows = jnp.stack(
+        [
+            lax.ppermute(rows[:, number], (*nodes, *local), pairs)
+            for number, pairs in enumerate(leaders.rounds)
+        ]
+    )
+    # [round, leader, source, part]; to the same index there is one source.
+    if to_same_index:
+        rows = lax.all_to_all(rows, local, 1, 1, tiled=True)
+    else:
+        rows = lax.all_to_all(rows, local, 2, 2, tiled=True).swapaxes(1, 2)
+    # [node, part number, source, part]
+    rows = take(rows.reshape(-1, *rows.shape[2:]), take(leaders.targets, node)).swapaxes(1, 2)
+    return rows.reshape(*rows.shape[:2], -1)[:, :, :width].reshape(x.shape)
 
 
-# Applied twice it is the identity. The transpose of its gathers, taken one by one, would be scatters.
+# Applied twice it is the identity.
 _through_leaders.defvjp(
-    lambda x, nodes, local: (_by_leaders(x, nodes, local), None),
-    lambda nodes, local, _, dy: (_by_leaders(dy, nodes, local),),
+    lambda x, nodes, local: (by_leaders(x, nodes, local), None),
+    lambda nodes, local, _, dy: (by_leaders(dy, nodes, local),),
 )
 
 

@@ -16,14 +16,14 @@ from jax import lax
 from piperjax.planner.dispatchers import check_overflow
 from piperjax.runtime import dispatch_passes
 from piperjax.runtime.dispatch_copies import COPIES
-from piperjax.runtime.dispatch_nodes import HALO2_DEDUP
+from piperjax.runtime.dispatch_nodes import ONCE_PER_NODE
 from piperjax.runtime.dispatcher import ExpertFFN, Sharing
 from piperjax.runtime.permute import take
 from piperjax.runtime.varying import vary, vary_like
 
 Experts = Callable[[ExpertFFN, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
 
-DISPATCHERS = {dispatcher.name: dispatcher for dispatcher in (*COPIES, HALO2_DEDUP)}
+DISPATCHERS = {dispatcher.name: dispatcher for dispatcher in (*COPIES, *ONCE_PER_NODE)}
 
 
 def make_experts(

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from piperjax.planner.routing import expected_nodes
-from piperjax.runtime.all_to_all import FLAT, split_axes
+from piperjax.runtime.all_to_all import split_axes
 from piperjax.runtime.dispatcher import Sharing
 from piperjax.runtime.group_rows import count_by_group, fill_bins, has_group
+from piperjax.runtime.journey import Journey, travel
 from piperjax.runtime.message import Rows, exchange
 from piperjax.runtime.permute import Places, collect_rows, spread_rows, take
 
@@ -48,20 +49,19 @@ def num_copies(sharing: Sharing) -> int:
     return sharing.num_devices * limits(sharing).copies
 
 
-def to_nodes(rows: Rows, sharing: Sharing) -> tuple[Rows, Places]:
+def to_nodes(rows: Rows, journey: Journey, sharing: Sharing) -> tuple[Rows, Places]:
     """Rows [N C2, ...] for this node from the devices of its local index in all nodes, and where they were."""
-    nodes, _ = split_axes(sharing.axes)
     N = sharing.num_nodes
     mask = has_group(rows.expert_ids // (sharing.num_experts // N), N)
     bins = fill_bins(mask, limits(sharing).node)
     group = lax.iota(jnp.int32, N)[:, None]
     where = Places((bins.member * N + group).reshape(-1), bins.live.reshape(-1), bins.place.T, mask.T)
-    return _sent(rows, where, nodes, sharing), where
+    return _sent(rows, where, journey, sharing), where
 
 
-def to_devices(rows: Rows, sharing: Sharing) -> tuple[Rows, Places]:
+def to_devices(rows: Rows, journey: Journey, sharing: Sharing) -> tuple[Rows, Places]:
     """Rows [P C3, ...] for this device, and where they were among those of its node."""
-    nodes, local = split_axes(sharing.axes)
+    nodes, _ = split_axes(sharing.axes)
     N, L, limit = sharing.num_nodes, sharing.num_devices // sharing.num_nodes, limits(sharing)
     node = lax.axis_index(nodes) if nodes else 0
     local_of = rows.expert_ids.astype(jnp.int32) // sharing.experts_per_device - node * L
@@ -73,28 +73,19 @@ def to_devices(rows: Rows, sharing: Sharing) -> tuple[Rows, Places]:
     where = Places(
         (row * L + group // N).reshape(-1), bins.live.reshape(-1), bins.place.reshape(L, -1).T, mask.T
     )
-    return _sent(rows, where, local, sharing), where
+    return _sent(rows, where, journey, sharing), where
 
 
-def from_devices(sums: jax.Array, where: Places, sharing: Sharing) -> jax.Array:
-    """Sums [P C3, D] of devices to sums [N C2, D] of the node."""
-    return _returned(sums, where, split_axes(sharing.axes)[1])
+def back(sums: jax.Array, where: Places, journey: Journey) -> jax.Array:
+    """Sums [P C3, D] of devices to sums [N C2, D] of the node, or these to sums [T, D] of tokens."""
+    return collect_rows(travel(sums, journey), where)
 
 
-def from_nodes(sums: jax.Array, where: Places, sharing: Sharing) -> jax.Array:
-    """Sums [N C2, D] of nodes to sums [T, D] of tokens."""
-    return _returned(sums, where, split_axes(sharing.axes)[0])
-
-
-def _sent(rows: Rows, where: Places, axes: tuple[str, ...], sharing: Sharing) -> Rows:
+def _sent(rows: Rows, where: Places, journey: Journey, sharing: Sharing) -> Rows:
     row = where.copies // where.places.shape[1]
     ids = jnp.where(where.live[:, None], take(rows.expert_ids, row), sharing.num_experts)
     rows = Rows(spread_rows(rows.x, where), ids.astype(rows.expert_ids.dtype), spread_rows(rows.gates, where))
-    return exchange(rows, axes)
-
-
-def _returned(sums: jax.Array, where: Places, axes: tuple[str, ...]) -> jax.Array:
-    return collect_rows(FLAT.move(sums, axes), where)
+    return exchange(rows, journey)
 
 
 def admit(expert_ids: jax.Array, sharing: Sharing) -> jax.Array | None:

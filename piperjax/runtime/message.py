@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from piperjax.runtime.all_to_all import FLAT
+from piperjax.runtime.journey import Journey
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
@@ -85,20 +85,20 @@ def carried(move: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def exchange(rows: Rows, axes: tuple[str, ...]) -> Rows:
-    """Per device: rows by one flat all-to-all, its own transpose: gradients of rows and gates travel together, too."""
-    return _exchanged(rows, axes)
+def exchange(rows: Rows, journey: Journey) -> Rows:
+    """Per device: rows [n C, ...] by a journey, its own transpose: gradients of rows and gates travel together, too."""
+    return _exchanged(rows, journey)
 
 
-def _exchanged(rows: Rows, axes: tuple[str, ...]) -> Rows:
-    return Rows(*carried(partial(FLAT.move, axes=axes), rows)) if axes else rows
+def _exchanged(rows: Rows, journey: Journey) -> Rows:
+    return Rows(*carried(journey.exchanged, rows)) if journey.axes else rows
 
 
-def _exchange_backward(axes, _, gradient):
+def _exchange_backward(journey, _, gradient):
     dx, _, dgates = gradient
-    if axes:
-        dx, dgates = carried(partial(FLAT.move, axes=axes), (dx, dgates))
+    if journey.axes:
+        dx, dgates = carried(journey.exchanged, (dx, dgates))
     return (Rows(dx, None, dgates),)
 
 
-exchange.defvjp(lambda rows, axes: (_exchanged(rows, axes), None), _exchange_backward)
+exchange.defvjp(lambda rows, journey: (_exchanged(rows, journey), None), _exchange_backward)

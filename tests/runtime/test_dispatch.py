@@ -253,7 +253,7 @@ def test_a_dispatcher_is_a_value(monkeypatch):
     [
         (
             ("flatt", (), 0.0),
-            "no dispatcher named 'flatt'; there are flat, halo2, halo3, halo2_dedup; did you mean 'flat'?",
+            "no dispatcher named 'flatt'; there are flat, halo2, halo3, halo2_dedup, halo3_dedup; did you mean 'flat'?",
         ),
         (("flat", (), -1.0), "capacity_factor must be 0"),
         (("flat", (), math.nan), "capacity_factor must be 0"),

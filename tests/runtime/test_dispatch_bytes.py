@@ -78,6 +78,8 @@ def off_node_bytes(text):
         ("halo3", 0.0),
         ("halo2_dedup", 0.0),
         ("halo2_dedup", 0.75),
+        ("halo3_dedup", 0.0),
+        ("halo3_dedup", 0.75),
         ("flat", 0.75),
     ],
 )
@@ -90,9 +92,17 @@ def test_bytes_between_nodes_are_the_closed_form(dispatch, capacity_factor):
     assert off_node_bytes(text) == pytest.approx(2 * cost.bytes_by_level["fabric"], rel=0.01)
 
 
-@pytest.mark.parametrize("capacity_factor", [pytest.param(0.0, marks=pytest.mark.slow), 0.75])
-def test_rows_that_cross_once_need_no_scatter_and_no_empty_message(capacity_factor):
-    _, text = compiled_text("halo2_dedup", capacity_factor, k=3, gradient=True)
+@pytest.mark.parametrize(
+    ("dispatch", "capacity_factor"),
+    [
+        pytest.param("halo2_dedup", 0.0, marks=pytest.mark.slow),
+        ("halo2_dedup", 0.75),
+        pytest.param("halo3_dedup", 0.0, marks=pytest.mark.slow),
+        ("halo3_dedup", 0.75),
+    ],
+)
+def test_rows_that_cross_once_need_no_scatter_and_no_empty_message(dispatch, capacity_factor):
+    _, text = compiled_text(dispatch, capacity_factor, k=3, gradient=True)
     assert not re.search(r"\bscatter\(", text)
     assert not re.search(r"\[(?:\d+,)*0(?:,\d+)*\]\S* (?:all-|collective-)", text)
     assert "reduce-scatter" not in text

@@ -22,6 +22,7 @@ CASE = Case(P=8, E=16, k=3, factors=(1, 2, 4))
         pytest.param("flat", 2, marks=pytest.mark.slow),
         pytest.param("halo3", 3, marks=pytest.mark.slow),
         pytest.param("halo2_dedup", 4, marks=pytest.mark.slow),
+        pytest.param("halo3_dedup", 3, marks=pytest.mark.slow),
     ],
 )
 def test_chunks_equal_the_dense_sum(dispatch, chunks):

@@ -75,6 +75,38 @@ def test_equals_the_dense_sum(case):
     )
 
 
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        # Two leaders for each pair of nodes; as many nodes as devices in one; two pairs for each leader.
+        (CASES[1], dict(capacity_factor=0.0)),
+        (CASES[0], dict(capacity_factor=0.75, chunks=2)),
+        (CASES[2], dict(capacity_factor=0.5, chunks=2, overflow="passes")),
+        pytest.param(CASES[0], dict(capacity_factor=0.0, chunks=3), marks=pytest.mark.slow),
+        pytest.param(CASES[2], dict(capacity_factor=0.0), marks=pytest.mark.slow),
+        pytest.param(CASES[1], dict(capacity_factor=1.25), marks=pytest.mark.slow),
+        pytest.param(CASES[3], dict(capacity_factor=0.0), marks=pytest.mark.slow),
+        pytest.param(CASES[4], dict(capacity_factor=0.75), marks=pytest.mark.slow),
+        pytest.param(CASES[5], dict(capacity_factor=0.0), marks=pytest.mark.slow),
+    ],
+)
+def test_leaders_change_no_bit(case, options):
+    rng = np.random.default_rng(5)
+    arrays = case.arrays(rng)
+    ids = route(rng, "zipf", len(arrays["x"]), case.E, case.k)
+    direct, led = (
+        case.compiled(make_experts(name, EXPERT, **options), masked_multiply)(arrays, ids)
+        for name in ("halo2_dedup", "halo3_dedup")
+    )
+    jax.tree.map(np.testing.assert_array_equal, led, direct)
+    if not options["capacity_factor"]:
+        (y, _), grads = led
+        expected, expected_grads = truth(arrays, ids)
+        assert_close(y, expected, 1e-6)
+        for found, wanted in zip(grads, expected_grads, strict=True):
+            assert_close(found, wanted, 1e-5)
+
+
 @pytest.mark.parametrize("capacity_factor", [0.6, 1.25])
 @pytest.mark.parametrize(
     "case", CASES[:3] + CASES[5:], ids=lambda case: f"{case.factors}-E{case.E}-k{case.k}"
@@ -101,11 +133,16 @@ def test_equals_flat_bit_for_bit_where_nothing_is_added_up():
 
 
 @pytest.mark.parametrize(
-    ("capacity_factor", "chunks"), [pytest.param(0.0, 1, marks=pytest.mark.slow), (0.75, 2)]
+    ("name", "capacity_factor", "chunks"),
+    [
+        pytest.param("halo2_dedup", 0.0, 1, marks=pytest.mark.slow),
+        ("halo2_dedup", 0.75, 2),
+        ("halo3_dedup", 0.75, 1),
+    ],
 )
-def test_dead_rows_full_of_nan_change_nothing(monkeypatch, capacity_factor, chunks):
+def test_dead_rows_full_of_nan_change_nothing(monkeypatch, name, capacity_factor, chunks):
     case = Case(P=8, E=16, k=3, factors=(1, 4, 2))
-    experts = make_experts("halo2_dedup", EXPERT, capacity_factor, chunks=chunks)
+    experts = make_experts(name, EXPERT, capacity_factor, chunks=chunks)
     rng = np.random.default_rng(3)
     arrays = case.arrays(rng)
     ids = route(rng, "zipf", len(arrays["x"]), case.E, case.k)
@@ -140,12 +177,13 @@ for factors, E, k in shapes:
     case = Case(P=16, E=E, k=k, factors=factors)
     for name in ('flat', 'halo2', 'halo3'):
         check(case, case.compiled(make_experts(name, EXPERT, 0.0), masked_multiply), np.random.default_rng(0))
-    for chunks in (1, 3):
-        run = case.compiled(make_experts('halo2_dedup', EXPERT, 0.0, chunks=chunks), masked_multiply)
-        check(case, run, np.random.default_rng(0))
     kept_of = functools.partial(simulate_drops, case, capacity_factor=0.8)
-    run = case.compiled(make_experts('halo2_dedup', EXPERT, 0.8), masked_multiply)
-    check(case, run, np.random.default_rng(0), kept_of=kept_of)
+    for name in ('halo2_dedup', 'halo3_dedup'):
+        for chunks in (1, 3):
+            run = case.compiled(make_experts(name, EXPERT, 0.0, chunks=chunks), masked_multiply)
+            check(case, run, np.random.default_rng(0))
+        run = case.compiled(make_experts(name, EXPERT, 0.8), masked_multiply)
+        check(case, run, np.random.default_rng(0), kept_of=kept_of)
 """
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=16"}
     command = [sys.executable, "-c", program]

@@ -9,6 +9,7 @@ import pytest
 
 from meshes.axes import BATCH, EXPERT
 from meshes.mesh import build_mesh
+from piperjax.runtime.journey import Journey
 from piperjax.runtime.message import Part, Rows, exchange, pack, unpack, words_of
 
 
@@ -59,7 +60,7 @@ def test_an_exchange_is_its_own_transpose_in_one_collective(dtype):
 
     def per_device(x, ids, gates, dx, dgates):
         def both(x, gates):
-            sent = exchange(Rows(x, ids, gates), EXPERT)
+            sent = exchange(Rows(x, ids, gates), Journey(EXPERT))
             return (sent.x, sent.gates), sent.expert_ids
 
         sent, pull, sent_ids = jax.vjp(both, x, gates, has_aux=True)
