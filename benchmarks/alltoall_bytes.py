@@ -18,7 +18,7 @@ from benchmarks.alltoall_programs import SMALL_D_FF, dispatching, ffn
 from benchmarks.dispatch_cases import Case, check, masked_multiply
 from meshes.axes import EXPERT
 from meshes.mesh import build_mesh, simulate_devices
-from piperjax.planner.network import EXECUTABLE, dispatch_transfer, expected_nodes
+from piperjax.planner.network import DISPATCHERS, dispatch_transfer, expected_nodes
 from piperjax.runtime.dispatch import make_experts
 from piperjax.runtime.hlo import ITEMSIZES, Instruction, Module, first_group, parse
 
@@ -105,15 +105,15 @@ def closed_bytes(way: Variant, num_nodes: int) -> dict[str, float]:
 
 
 def variants() -> list[Variant]:
-    """Every dispatcher that runs, dropless and of balanced size, and one in chunks."""
-    ways = [Variant(name, capacity) for name in EXECUTABLE for capacity in (0.0, 1.0)]
-    return [*ways, *(Variant(name, 0.0, 2) for name in EXECUTABLE)]
+    """Every dispatcher, dropless and of balanced size, and one in chunks."""
+    ways = [Variant(name, capacity) for name in DISPATCHERS for capacity in (0.0, 1.0)]
+    return [*ways, *(Variant(name, 0.0, 2) for name in DISPATCHERS)]
 
 
 def check_results() -> None:
     """Compares results and every gradient with the dense computation, on 4 nodes of 8 devices."""
     case = Case(P=4 * LOCAL, E=64, k=6, T=4, factors=(1, 4, LOCAL))
-    for name in EXECUTABLE:
+    for name in DISPATCHERS:
         experts = make_experts(name, EXPERT, 0.0)
         check(
             case,

@@ -16,7 +16,7 @@ from meshes.axes import divisors
 from models import cost
 from models.config import LayerConfig, ModelConfig, MoEFFN
 from piperjax.planner.candidates import Question
-from piperjax.planner.dispatchers import EXECUTABLE, Way
+from piperjax.planner.dispatchers import DISPATCHERS, Way
 from piperjax.planner.layer_time import layer_seconds
 from piperjax.planner.search import answer
 
@@ -305,7 +305,7 @@ def _own_plan(model: ModelConfig, row: Mapping[str, Any], devices: int, seq_len:
         num_devices=devices,
         batch_size=batch,
         seq_len=seq_len,
-        dispatchers=EXECUTABLE,
+        dispatchers=tuple(DISPATCHERS),
     )
     try:
         best = answer(question, keep=1).best

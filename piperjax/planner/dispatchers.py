@@ -55,8 +55,6 @@ DISPATCHERS = {
 OVERFLOW = ("drop", "passes")
 # Of these numbers of chunks a search chooses; more of them cost more messages than they hide.
 SEARCHED_DISPATCH_CHUNKS = (1, 2, 4)
-# What the runtime has; the others can be planned for, not yet run.
-EXECUTABLE = ("flat", "halo2", "halo3", "halo2_dedup")
 
 
 class Way(NamedTuple):

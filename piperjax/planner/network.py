@@ -21,14 +21,13 @@ from piperjax.planner.collectives import (
     permute,
     reduce_scatter,
 )
-from piperjax.planner.dispatchers import DISPATCHERS, EXECUTABLE, Dispatcher, Way, check_chunks, named, ways
+from piperjax.planner.dispatchers import DISPATCHERS, Dispatcher, Way, check_chunks, named, ways
 from piperjax.planner.locality import Group, axis_group
 from piperjax.planner.network_simulation import simulate_all_to_all
 from piperjax.planner.routing import expected_nodes, reached_nodes
 
 __all__ = [
     "DISPATCHERS",
-    "EXECUTABLE",
     "Dispatcher",
     "Group",
     "Rows",
@@ -264,7 +263,7 @@ def best_dispatcher(
 
     Args:
       platform: the machine.
-      candidates: dispatchers with numbers of chunks; those of `EXECUTABLE` can be run.
+      candidates: dispatchers with numbers of chunks.
       parameters: as `dispatch_transfer` takes them.
     """
     costs = {

@@ -11,7 +11,7 @@ from piperjax.planner import report
 from piperjax.planner.candidates import WISHES, Question
 from piperjax.planner.dispatchers import OVERFLOW
 from piperjax.planner.explain import explain, variations
-from piperjax.planner.network import DISPATCHERS, EXECUTABLE
+from piperjax.planner.network import DISPATCHERS
 from piperjax.planner.remedies import USUAL_CAPACITY_FACTOR
 from piperjax.planner.report_page import html_page
 from piperjax.planner.search import KEPT, SearchResult, answer
@@ -91,12 +91,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     wishes.add_argument("--dispatch", metavar="NAME", help=f"dispatcher of rows: {', '.join(DISPATCHERS)}")
     wishes.add_argument(
         "--dispatch-chunks", type=int, metavar="N", help="parts in which tokens travel to their experts"
-    )
-    wishes.add_argument(
-        "--dispatchers",
-        choices=("executable", "all"),
-        default="executable",
-        help="all: also those that only can be priced",
     )
     wishes.add_argument(
         "--imbalance",
@@ -185,7 +179,7 @@ def asked_question(args: argparse.Namespace) -> Question:
         seq_len=args.seq,
         dtype=dtype,
         wished=wished,
-        dispatchers=EXECUTABLE if args.dispatchers == "executable" else tuple(DISPATCHERS),
+        dispatchers=tuple(DISPATCHERS),
         imbalance=args.imbalance,
     )
 

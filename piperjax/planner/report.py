@@ -8,7 +8,7 @@ from typing import Any
 from models import cost
 from models.config import LatentAttention
 from piperjax.planner.candidates import Order, Question, Rejection
-from piperjax.planner.dispatchers import EXECUTABLE, Way
+from piperjax.planner.dispatchers import Way
 from piperjax.planner.explain import PART_WORDS, Explanation, Variation
 from piperjax.planner.remedies import WORDS
 from piperjax.planner.scoring import capacity_bytes
@@ -185,10 +185,6 @@ def notes(result: SearchResult, *, asked: Question | None = None) -> list[str]:
             ("nothing fits with buffers for any routing, hence " if given_up else "")
             + f"capacity factor {factor:g}: a device accepts {factor:g} times the balanced number of rows from "
             f"another, more {'are dropped' if best.plan.overflow == 'drop' else 'travel in later passes'}"
-        )
-    if best.plan.dispatch not in EXECUTABLE:
-        found.append(
-            f"dispatcher {best.plan.dispatch} can be planned for, but only {', '.join(EXECUTABLE)} runs"
         )
     if any(isinstance(layer.attention, LatentAttention) for layer in question.model.layers):
         found.append(

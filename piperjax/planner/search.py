@@ -15,8 +15,8 @@ from meshes.platform import Platform
 from models.config import ModelConfig
 from piperjax.planner.candidates import Mesh, Question, Rejection, Rejections, check_some, meshes
 from piperjax.planner.cells import memory_backend
+from piperjax.planner.dispatchers import DISPATCHERS
 from piperjax.planner.memory import RankMemory, estimate_memory
-from piperjax.planner.network import EXECUTABLE
 from piperjax.planner.partition import partition_layers
 from piperjax.planner.plan import Plan, default_plan
 from piperjax.planner.remedies import SMALLER_BUFFERS, check_room
@@ -107,7 +107,7 @@ def search(
     seq_len: int,
     dtype: str = "bfloat16",
     wished: Mapping[str, Any] | None = None,
-    dispatchers: Sequence[str] = EXECUTABLE,
+    dispatchers: Sequence[str] = tuple(DISPATCHERS),
     imbalance: float = 1.0,
     keep: int = KEPT,
 ) -> SearchResult:
@@ -121,7 +121,7 @@ def search(
       seq_len: tokens per sequence.
       dtype: of activations and matrix products.
       wished: fields of the plan that are given, by name; the others are searched.
-      dispatchers: names of the dispatchers that may be chosen; only `EXECUTABLE` ones can be run.
+      dispatchers: names of the dispatchers that may be chosen.
       imbalance: rows of the device with the busiest experts over the mean.
       keep: most plans to return, each on another mesh.
 

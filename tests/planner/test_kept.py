@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.cases import make_executor
 from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN, Router
+from piperjax.planner.dispatchers import named
 from piperjax.planner.kept import Share, kept_bytes, tap_bytes
 from piperjax.planner.plan import MEMORY_MODES
 from piperjax.runtime import passes, step
@@ -65,6 +66,8 @@ WAYS = [
     dict(dispatch="flat", dispatch_chunks=2),
     dict(dispatch="halo2_dedup", dispatch_chunks=2),
     dict(dispatch="halo2_dedup", dispatch_chunks=2, capacity_factor=1.0),
+    dict(dispatch="halo3_dedup"),
+    dict(dispatch="halo3_dedup", capacity_factor=1.0),
 ]
 
 
@@ -73,7 +76,7 @@ def traced(monkeypatch, layer, memory_mode, *, expert, dtype, **dispatch):
     model = ModelConfig(name="traced", d_model=40, vocab_size=56, layers=(layer, layer))
     executor = make_executor(
         model,
-        pipe=2,
+        pipe=1 if named(dispatch.get("dispatch", "flat")).waits_for_all else 2,
         expert=expert,
         schedule="zb_h1",
         num_microbatches=2,

@@ -50,14 +50,19 @@ def test_our_flat_dispatcher_sends_its_static_buffer():
 
 def test_static_rows_are_those_of_the_runtime():
     runtime = pytest.importorskip("piperjax.runtime.dispatch_copies")
+    from meshes.axes import EXPERT
+    from piperjax.runtime.dispatcher import Sharing
+
     for experts, k, devices, factor in [(64, 6, 16, 0.0), (64, 6, 64, 0.0), (8, 2, 4, 1.25), (64, 6, 8, 9.0)]:
         cost = dispatch_transfer(
             TOY, expert_factors=(1, max(1, devices // 4), min(4, devices)), tokens=1000, row_bytes=2,
             num_experts=experts, experts_per_token=k, capacity_factor=factor,
         )  # fmt: skip
-        capacity = runtime.row_capacity(
-            1000, k, num_experts=experts, num_devices=devices, capacity_factor=factor
-        )
+        sharing = Sharing(
+            axes=EXPERT, sizes=(1, 1, devices), num_experts=experts, experts_per_token=k, num_tokens=1000,
+            capacity_factor=factor,
+        )  # fmt: skip
+        capacity = runtime.row_capacity(sharing)
         assert sum(cost.bytes_by_level.values()) == pytest.approx(devices * capacity * 2)
 
 

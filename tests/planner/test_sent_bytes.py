@@ -35,6 +35,15 @@ def test_once_per_node_by_hand():
     assert sent(dispatch="halo2_dedup", capacity_factor=1.0)["node"] < found["node"]
 
 
+def test_leaders_move_rows_of_a_node_inside_twice_more():
+    direct, led = (sent(dispatch=f"{name}_dedup") for name in ("halo2", "halo3"))
+    assert led["node"] == direct["node"] and led["group"] == direct["group"]
+    # Beside what 8 devices have for both of a node, what 4 nodes' devices of an index have, there and from there.
+    assert led["local"] == direct["local"] * (8 + 2 * 4) / 8
+    limited = [sent(dispatch=f"{name}_dedup", capacity_factor=1.0) for name in ("halo2", "halo3")]
+    assert limited[0]["node"] == limited[1]["node"] and limited[0]["local"] < limited[1]["local"]
+
+
 def test_hierarchy_sends_as_much_between_nodes_and_more_inside():
     flat, halo2, halo3 = (sent(dispatch=name) for name in ("flat", "halo2", "halo3"))
     for level in ("node", "group"):

@@ -323,9 +323,10 @@ def test_rows_that_travel_later_equal_one_device(schedule, mode, dispatch, chunk
 
 
 @pytest.mark.slow
-def test_rows_that_travel_later_through_leaders_equal_one_device():
+@pytest.mark.parametrize("dispatch", ["halo3", "halo3_dedup"])
+def test_rows_that_travel_later_through_leaders_equal_one_device(dispatch):
     # Permutes wait for all devices, so replicas agree on the number of passes.
-    ways = dict(dispatch="halo3", expert=4, data=2, capacity_factor=0.3, overflow="passes")
+    ways = dict(dispatch=dispatch, expert=4, data=2, capacity_factor=0.3, overflow="passes")
     check_equal(model(), plan_for(model(), **ways), tolerance=1e-5)
 
 
@@ -455,8 +456,9 @@ def test_later_passes_cannot_deadlock(schedule):
 
 
 @pytest.mark.slow
-def test_dispatch_through_leaders_equals_one_device():
-    check_equal(model(), plan_for(model(), dispatch="halo3", expert=4, data=2), tolerance=1e-5)
+@pytest.mark.parametrize("dispatch", ["halo3", "halo3_dedup"])
+def test_dispatch_through_leaders_equals_one_device(dispatch):
+    check_equal(model(), plan_for(model(), dispatch=dispatch, expert=4, data=2), tolerance=1e-5)
 
 
 def test_bfloat16_stays_near_float32():
