@@ -11,6 +11,7 @@ from piperjax.planner.collectives import (
     all_gather,
     all_reduce,
     all_to_all,
+    between_nodes,
     halo,
     permute,
     reduce_scatter,
@@ -57,6 +58,19 @@ def test_all_to_all_by_hand():
     cost = all_to_all(TOY, Group(8), 8e6, algorithm="halo3")
     assert cost.seconds == pytest.approx((1e-6 + 60e-6) + (10e-6 + 800e-6) + (1e-6 + 30e-6))
     assert cost.bytes_by_level == pytest.approx({"node": 9e6, "switch": 4e6, "self": 1e6})
+
+
+def test_one_index_of_all_nodes_by_hand():
+    # 4 MB to the device of the same index in the other node.
+    cost = between_nodes(TOY, (1, 2, 4), 8e6)
+    assert cost.seconds == pytest.approx(10e-6 + 400e-6)
+    assert cost.bytes_by_level == pytest.approx({"switch": 4e6, "self": 4e6})
+    # Through leaders all 8 MB also move inside, 2 MB to each of three, twice; two leaders of four share 16 MB.
+    cost = between_nodes(TOY, (1, 2, 4), 8e6, striped=True)
+    assert cost.seconds == pytest.approx((10e-6 + 800e-6) + 2 * (1e-6 + 60e-6))
+    assert cost.bytes_by_level == pytest.approx({"node": 12e6, "switch": 4e6, "self": 8e6})
+    for factors in ((1, 1, 4), (1, 8, 1)):
+        assert between_nodes(TOY, factors, 8e6, striped=True) == between_nodes(TOY, factors, 8e6)
 
 
 def test_taper_and_the_shared_network_interface():
