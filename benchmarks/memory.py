@@ -137,6 +137,8 @@ def cases() -> Iterator[Case]:
     for schedule in registry.names():
         if schedule != "auto":
             yield case(mixtral, (4, 1, 2), schedule=schedule)
+    for schedule in ("interleaved", "zb_v"):
+        yield case(mixtral, (4, 1, 2), schedule=schedule, dtype="float32")
     for memory_mode in ("stage", "named", "products", "stash"):
         yield case(scaled("qwen3_30b_a3b", num_experts=16), (2, 2, 4), memory_mode=memory_mode, seq_len=192)
         yield case(scaled("xmoe_small"), (2, 1, 2), memory_mode=memory_mode, dtype="float32")
@@ -166,6 +168,7 @@ def _meshes() -> Iterator[Case]:
     mixtral, weak = scaled("mixtral_8x7b"), scaled("weak_862b")
     yield case(mixtral, (1, 1, 1), dtype="float32")
     yield case(mixtral, (1, 1, 8))
+    yield case(mixtral, (1, 1, 8), dtype="float32", sequences=4)
     yield case(mixtral, (1, 8, 1), dtype="float32")
     yield case(mixtral, (4, 4, 4))
     yield case(weak, (4, 2, 8), dtype="float32")

@@ -1,6 +1,6 @@
 """The layers of one stage, forward and backward, as loops over layer positions.
 
-Weights are sliced one layer at a time inside the loop, `leaf[chunk, index]`, and gradients are added in
+Weights are sliced one layer at a time inside the loop, `leaf[0, chunk, index]`, and gradients are added in
 place at the same index: a slice of a whole chunk would be copied at every tick. Backward is driven by hand,
 one layer at a time, so that nothing differentiates through a loop and working memory is one layer's. Layers are
 walked in runs of one kind (`runs.py`), without a conditional: what a branch leaves as it is would be copied.
@@ -28,6 +28,8 @@ Buffers = dict[str, list[jax.Array]]
 SurroundingsOf = Callable[[jax.Array], Surroundings]
 # One layer: (kind, position, carry) -> a call that makes the next carry.
 LayerBody = Callable[[str, jax.Array, Any], Call]
+# Place of this rank in its own share of the layers.
+_RANK = np.int32(0)
 
 
 class Totals(NamedTuple):
@@ -82,7 +84,7 @@ class Stage:
       layout: which layer is where.
       passes: passes of each layer kind.
       by_stage: whether forward keeps the input of the stage only.
-      params: layers of this rank by kind, leaves `[chunk, L_kind, ...]`.
+      params: layers of this rank by kind, leaves `[1, chunk, L_kind, ...]`.
       table: layer columns of this rank.
       empty: a buffer of a shape and dtype, filled with what must not be read.
     """
@@ -305,7 +307,7 @@ class Stage:
     def _added(self, grads: dict, kind: str, weight_grads: list, chunk: jax.Array, index: jax.Array) -> dict:
         totals, structure = jax.tree.flatten(grads[kind])
         added = [
-            total if grad is None else slots.add(total, grad, chunk, index)
+            total if grad is None else slots.add(total, grad, _RANK, chunk, index)
             for total, grad in zip(totals, weight_grads, strict=True)
         ]
         return {**grads, kind: jax.tree.unflatten(structure, added)}
@@ -352,7 +354,7 @@ class Stage:
         return index, place.surroundings_of(slots.read(self.table.moe_index, place.chunk, position))
 
     def _weights(self, kind: str, chunk: jax.Array, index: jax.Array) -> dict:
-        return jax.tree.map(lambda leaf: slots.read(leaf, chunk, index), self.params[kind])
+        return jax.tree.map(lambda leaf: slots.read(leaf, _RANK, chunk, index), self.params[kind])
 
 
 def _repeated(scope: str, turns: jax.Array | np.int32, body: Callable[[jax.Array, Any], Any], carry):

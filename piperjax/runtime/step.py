@@ -54,7 +54,7 @@ class _Carry(NamedTuple):
       inputs, gradients: slot buffers of what has arrived.
       stash: slot buffers of what forwards keep for backwards.
       taps: slot buffers of what input gradients leave for weight gradients.
-      grads: gradient accumulators in device layout, without the pipe dimension.
+      grads: gradient accumulators in device layout.
       loss: this device's share of the loss.
       totals: what forwards add up.
     """
@@ -115,7 +115,8 @@ class Step:
         return grads, (sums[0], sums[1], scan.num_tokens, load, sums[2])
 
     def _compute_copy(self, params: dict) -> dict:
-        """Parameters cast to the compute dtype, gathered from their split at rest, without the pipe dimension."""
+        """Parameters cast to the compute dtype, gathered from their split at rest."""
+        # Layers keep their pipe dimension of one: where another is one, too, XLA would copy them all to drop it.
 
         def gather(leaf, sharding):
             if sharding.gather_axes:
@@ -126,19 +127,18 @@ class Step:
         if self.plan.vocabulary == "whole":
             for name in {"embedding", "head"} & set(gathered):
                 gathered[name] = vary(lax.all_gather(gathered[name], PIPE, axis=0, tiled=True))
-        return {**gathered, "layers": jax.tree.map(lambda leaf: leaf[0], gathered["layers"])}
+        return gathered
 
     def _reduced(self, grads: dict) -> dict:
         """Gradients summed over the devices that hold copies, split as the parameters are at rest."""
 
         def reduce(leaf, sharding):
-            if sharding.gather_axes:
-                return lax.psum_scatter(
-                    leaf, sharding.gather_axes, scatter_dimension=sharding.gather_dimension, tiled=True
-                )
+            axes, dimension = sharding.gather_axes, sharding.gather_dimension
+            if axes:
+                return lax.psum_scatter(leaf, axes, scatter_dimension=dimension, tiled=True)
             return lax.psum(leaf, sharding.reduce_axes) if sharding.reduce_axes else leaf
 
-        grads = {**grads, "layers": jax.tree.map(lambda leaf: leaf[None], grads["layers"])}
+        grads = dict(grads)
         if self.plan.vocabulary == "whole":
             for name in {"embedding", "head"} & set(grads):
                 grads[name] = vary(lax.psum_scatter(grads[name], PIPE, scatter_dimension=0, tiled=True))
@@ -180,7 +180,7 @@ class _Scan:
         )
 
     def _passes(self, kind: str, function, policy) -> LayerPasses:
-        weights = jax.tree.map(lambda leaf: leaf[0, 0], self.params["layers"][kind])
+        weights = jax.tree.map(lambda leaf: leaf[0, 0, 0], self.params["layers"][kind])
         return LayerPasses(
             function,
             policy,
