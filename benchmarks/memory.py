@@ -45,7 +45,7 @@ class Case:
             plan.memory_mode,
             plan.vocabulary,
             "overlap" if plan.overlap else "",
-            f"{plan.capacity_factor:g}" if plan.capacity_factor else "dropless",
+            _capacity(plan),
             str(Way(plan.dispatch, plan.dispatch_chunks)),
             f"{plan.num_microbatches}x{plan.microbatch_size // (plan.data * plan.expert)}x{plan.seq_len}",
             self.dtype,
@@ -65,6 +65,12 @@ COLUMNS = (
     *("capacity", "dispatch", "microbatches x sequences x length", "dtype"),
 )
 NUMBERS = ("compiled_bytes", "predicted_bytes", "error")
+
+
+def _capacity(plan: Plan) -> str:
+    if not plan.capacity_factor:
+        return "dropless"
+    return f"{plan.capacity_factor:g}" + (" passes" if plan.overflow == "passes" else "")
 
 
 def scaled(
@@ -197,6 +203,8 @@ def _dispatchers() -> Iterator[Case]:
     yield case(deepseek, (1, 1, 8), dispatch="flat", dispatch_chunks=2, dtype="float32", **eight)
     limited = dict(dispatch="halo2_dedup", capacity_factor=1.25)
     yield case(deepseek, (1, 1, 8), **limited, **eight)
+    yield case(deepseek, (1, 1, 8), **limited, **eight, overflow="passes")
+    yield case(mixtral, (2, 1, 4), capacity_factor=1.25, overflow="passes", dtype="float32")
     yield case(deepseek, (1, 1, 8), **limited, dtype="float32", dispatch_chunks=2, **eight)
     for memory_mode in ("named", "products", "stash"):
         yield case(deepseek, (1, 1, 8), dispatch="halo2_dedup", memory_mode=memory_mode, **eight)
