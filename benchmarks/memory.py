@@ -204,7 +204,11 @@ def _dispatchers() -> Iterator[Case]:
     limited = dict(dispatch="halo2_dedup", capacity_factor=1.25)
     yield case(deepseek, (1, 1, 8), **limited, **eight)
     yield case(deepseek, (1, 1, 8), **limited, **eight, overflow="passes")
-    yield case(mixtral, (2, 1, 4), capacity_factor=1.25, overflow="passes", dtype="float32")
+    passes = dict(capacity_factor=1.25, overflow="passes")
+    yield case(mixtral, (2, 1, 4), **passes, dtype="float32")
+    yield case(mixtral, (2, 1, 4), **passes, schedule="zb_h1")
+    yield case(mixtral, (2, 1, 4), **passes, schedule="zb_h1", dtype="float32", memory_mode="named")
+    yield case(deepseek, (2, 1, 4), **passes, schedule="zb_h1", memory_mode="stash")
     yield case(deepseek, (1, 1, 8), **limited, dtype="float32", dispatch_chunks=2, **eight)
     for memory_mode in ("named", "products", "stash"):
         yield case(deepseek, (1, 1, 8), dispatch="halo2_dedup", memory_mode=memory_mode, **eight)

@@ -103,12 +103,8 @@ def layer_backward(
     ffn = layer.ffn
     R = share.rows(ffn)
     shared = T * w * (up + 3) * (ffn.shared_d_ff + ffn.dense_residual_d_ff)
-    if backend.is_widened:
-        # SwiGLU in float32; of GELU one factor, the others are rounded first.
-        widths = (up + 3) * w if up == 2 else w + 5 * share.itemsize
-        hidden, rows, num_scores = R * widths * ffn.d_ff, R * d_model * (2 * w + 2 * share.itemsize), 2
-    else:
-        hidden, rows, num_scores = R * w * (up + 2 + up) * ffn.d_ff, 4 * R * d_model * w, 1
+    rows, hidden = _rows_and_hidden(d_model, ffn, backend)
+    num_scores = 2 if backend.is_widened else 1
     if in_blocks:  # No weights of the softmax wait for their backward.
         num_scores = 0
     experts = Phase(dispatch=rows, workspace=of_weights + beside + shared + hidden + num_scores * of_scores)
@@ -124,6 +120,17 @@ def layer_backward(
     largest = max(of_scores, R * d_model * w)
     gap = GAP * largest if largest > R * w * up * ffn.d_ff else 0
     return max(experts, attention, key=lambda phase: phase.total).beside(gap)
+
+
+def _rows_and_hidden(d_model: int, ffn: MoEFFN, backend: Backend) -> tuple[float, float]:
+    """Bytes of rows at experts, and of what is between their matrices, in the backward of experts."""
+    share, w, up = backend.share, backend.itemsize, ffn.num_matrices - 1
+    R = share.rows(ffn)
+    if backend.is_widened:
+        # SwiGLU in float32; of GELU one factor, the others are rounded first.
+        widths = (up + 3) * w if up == 2 else w + 5 * share.itemsize
+        return R * d_model * (2 * w + 2 * share.itemsize), R * widths * ffn.d_ff
+    return 4 * R * d_model * w, R * w * (up + 2 + up) * ffn.d_ff
 
 
 @lru_cache(maxsize=8192)
@@ -153,13 +160,16 @@ def weight_gradient(
     share, w = backend.share, backend.itemsize
     taps = tap_bytes(d_model, layer, share, memory_mode) * w / share.itemsize
     gradients, others = weights.total, share.dispatch_chunks - 1
+    rows = hidden = 0.0
     if isinstance(layer.ffn, MoEFFN) and share.makes_passes(layer.ffn):
-        gradients += weights.experts
+        # Later passes run their forward again, with the weights, and have gradients of their own.
+        rows, hidden = _rows_and_hidden(d_model, layer.ffn, backend)
+        gradients += 2 * weights.experts
     if others and isinstance(layer.ffn, MoEFFN):
         # All these are prepared before the first loop over experts, so what a turn adds up, an expert's product to its
         # slice, comes beside them. Of one chunk it comes where taps were, or attention's gradients will be.
         gradients += others * weights.experts + 2 * (layer.ffn.num_matrices - 1) * d_model * layer.ffn.d_ff
-    return Phase(workspace=taps + gradients * w)
+    return Phase(dispatch=rows, workspace=taps + gradients * w + hidden)
 
 
 def narrow_elements(count, d_model: int, layer: LayerConfig, share: Share, memory_mode: str) -> int:
