@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from meshes.axes import divisors
 from meshes.platform import Platform
 from models.config import ModelConfig
-from piperjax.planner.dispatchers import SEARCHED_DISPATCH_CHUNKS, Way, named, ways
+from piperjax.planner.dispatchers import SEARCHED_DISPATCH_CHUNKS, Way, check_overflow, named, ways
 from piperjax.planner.plan import MEMORY_MODES, VOCABULARY
 from piperjax.planner.timing import Conditions
 from piperjax.schedules import registry
@@ -91,6 +91,7 @@ class Question:
         for name in (*AXES, "num_microbatches", "dispatch_chunks"):
             if self.wished.get(name, 1) < 1:
                 raise ValueError(f"{name} must be at least 1, got {self.wished[name]}")
+        check_overflow(self.wished.get("overflow", "drop"), self.wished.get("capacity_factor", 0.0))
         for name in self.dispatchers:
             named(name)
         if "dispatch" in self.wished:

@@ -1,5 +1,6 @@
 """This file is the dispatchers that a plan can name: which all-to-all moves rows to their experts, and how."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -100,11 +101,13 @@ def check_pipe(dispatcher: str, pipe: int) -> None:
 
 
 def check_overflow(overflow: str, capacity_factor: float) -> None:
-    """Checks that there is such a treatment of rows beyond a capacity factor, and a factor if it needs one.
+    """Checks a capacity factor, that there is such a treatment of rows beyond it, and a factor if that needs one.
 
     Raises:
       ValueError: if there is not.
     """
+    if not 0 <= capacity_factor < math.inf:
+        raise ValueError(f"capacity_factor must be 0 (dropless) or positive, got {capacity_factor}")
     if overflow not in OVERFLOW:
         raise ValueError(f"overflow must be one of {', '.join(OVERFLOW)}, got {overflow!r}")
     if overflow == "passes" and not capacity_factor:

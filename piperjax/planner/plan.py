@@ -84,8 +84,6 @@ class Plan:
             )
         if self.vocabulary not in VOCABULARY:
             raise ValueError(f"vocabulary must be one of {', '.join(VOCABULARY)}, got {self.vocabulary!r}")
-        if self.capacity_factor < 0:
-            raise ValueError(f"capacity_factor must be 0 (dropless) or positive, got {self.capacity_factor}")
         check_overflow(self.overflow, self.capacity_factor)
         self._check_batch()
         check_chunks(self.dispatch, self.dispatch_chunks, self.tokens_per_device)
