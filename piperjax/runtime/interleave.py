@@ -12,49 +12,16 @@ have made and still need: without it a compiler is free to run everything of one
 scheduler for latency finds nothing to put beside the exchanges.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 from jax import lax
 from jax.extend.core import Var
 
-from piperjax.runtime.program import Program, is_variable
+from piperjax.runtime.program import Call, Program, is_variable
 
 _EXCHANGES = frozenset(("all_to_all", "all_gather", "all_gather_invariant", "ppermute", "ragged_all_to_all"))
 # What is long enough to run beside an exchange. `multiply` and `weight_gradient` are those of `grouped_matmul`.
 _PRODUCTS = frozenset(("dot_general", "multiply", "weight_gradient", "scan", "while", "pallas_call"))
-
-
-class Call(NamedTuple):
-    """A program and the values of its inputs, not run yet.
-
-    Attributes:
-      program, values: what to run.
-      entry: which of the inputs is the one to begin with, when others may long have been there.
-      finish: makes the result from the program's outputs.
-      scope: name of the work in compiled programs.
-    """
-
-    program: Program
-    values: Sequence[jax.Array]
-    entry: int
-    finish: Callable[[list[jax.Array]], Any]
-    scope: str | None = None
-
-    def __call__(self) -> Any:
-        """The result."""
-        with self.named_scope():
-            return self.finish(self.program(*self.values))
-
-    def then(self, change: Callable[[Any], Any], scope: str | None = None) -> "Call":
-        """A call whose result is what `change` makes of that of this one."""
-        return self._replace(finish=lambda outputs: change(self.finish(outputs)), scope=scope or self.scope)
-
-    def named_scope(self) -> AbstractContextManager:
-        """A context in which what is traced is called by the scope."""
-        return jax.named_scope(self.scope) if self.scope else nullcontext()
 
 
 def parts(program: Program) -> list[list]:

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from models import transformer
 from models.layers import LayerContext
 from piperjax.runtime.dispatcher import COMBINED, DISPATCHED
-from piperjax.runtime.interleave import Call
-from piperjax.runtime.program import is_variable, trace
+from piperjax.runtime.program import Call, is_variable, trace
 from piperjax.runtime.varying import vary
 
 LayerFunction = Callable[[dict, jax.Array, LayerContext], tuple[jax.Array, jax.Array, dict]]

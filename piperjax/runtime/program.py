@@ -5,7 +5,9 @@ input gradient must hand to the weight gradient, is read off the equations. No l
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Literal, Var
@@ -108,6 +110,36 @@ class Program:
                     continue
             kept[variable] = None
         return tuple(kept)
+
+
+class Call(NamedTuple):
+    """A program and the values of its inputs, not run yet.
+
+    Attributes:
+      program, values: what to run.
+      entry: which of the inputs is the one to begin with, when others may long have been there.
+      finish: makes the result from the program's outputs.
+      scope: name of the work in compiled programs.
+    """
+
+    program: Program
+    values: Sequence[jax.Array]
+    entry: int
+    finish: Callable[[list[jax.Array]], Any]
+    scope: str | None = None
+
+    def __call__(self) -> Any:
+        """The result."""
+        with self.named_scope():
+            return self.finish(self.program(*self.values))
+
+    def then(self, change: Callable[[Any], Any], scope: str | None = None) -> "Call":
+        """A call whose result is what `change` makes of that of this one."""
+        return self._replace(finish=lambda outputs: change(self.finish(outputs)), scope=scope or self.scope)
+
+    def named_scope(self) -> AbstractContextManager:
+        """A context in which what is traced is called by the scope."""
+        return jax.named_scope(self.scope) if self.scope else nullcontext()
 
 
 def trace(function: Callable[..., Sequence[jax.Array]], *arguments: jax.Array) -> Program:

@@ -17,9 +17,10 @@ import numpy as np
 from jax import lax
 
 from piperjax.runtime import slots
-from piperjax.runtime.interleave import Call, interleave
+from piperjax.runtime.interleave import interleave
 from piperjax.runtime.layout import LayerLayout
 from piperjax.runtime.passes import LayerPasses, Surroundings
+from piperjax.runtime.program import Call
 from piperjax.runtime.runs import Walk
 from piperjax.runtime.varying import vary
 

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from meshes.axes import AXES, EXPERT
 from meshes.mesh import build_mesh
-from piperjax.runtime.interleave import Call, interleave, parts
-from piperjax.runtime.program import trace
+from piperjax.runtime.interleave import interleave, parts
+from piperjax.runtime.program import Call, trace
 
 D = 4
 

@@ -1,0 +1,117 @@
+"""The executor equals one device also where passes overlap and rows take other ways to their experts."""
+
+import jax
+import pytest
+
+from piperjax.schedules import registry
+from tests.runtime.executor_cases import (
+    abstract_arguments,
+    check_cannot_deadlock,
+    check_equal,
+    executor_for,
+    model,
+    plan_for,
+)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "dense_layers", "memory_mode", "layers_per_stage"),
+    [
+        ("one_f_one_b", 0, "named", (2, 2)),
+        ("one_f_one_b", 0, "layer", (3, 1)),  # Only at one position do both ranks hold a layer.
+        ("zb_v", 1, "layer", (1, 1, 1, 1)),
+        ("interleaved", 0, "stash", (1, 1, 1, 1)),
+    ],
+)
+def test_overlapped_forward_and_backward_equal_one_device(
+    schedule, dense_layers, memory_mode, layers_per_stage
+):
+    config = model(dense_layers=dense_layers)
+    plan = plan_for(
+        config,
+        schedule=schedule,
+        memory_mode=memory_mode,
+        pipe=2,
+        expert=2,
+        layers_per_stage=layers_per_stage,
+        overlap=True,
+    )
+    check_equal(config, plan, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_overlap_holds_both_passes_together(overlap):
+    config = model(dense_layers=0)
+    plan = plan_for(config, memory_mode="named", pipe=2, expert=2, layers_per_stage=(2, 2), overlap=overlap)
+    executor = executor_for(config, plan)
+    text = jax.jit(executor.gradients).trace(*abstract_arguments(executor)).lower().as_text()
+    # One before each of the four exchanges of a pair of layers, together with a computation of the other pass.
+    assert text.count("stablehlo.optimization_barrier") == (4 if overlap else 0)
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "chunks"), [("halo2_dedup", 1), pytest.param("flat", 2, marks=pytest.mark.slow)]
+)
+def test_overlap_goes_with_other_dispatchers_and_with_chunks(dispatch, chunks):
+    plan = plan_for(
+        model(), memory_mode="named", dispatch=dispatch, dispatch_chunks=chunks, pipe=2, expert=4,
+        layers_per_stage=(2, 2), overlap=True,
+    )  # fmt: skip
+    check_equal(model(), plan, tolerance=1e-5)
+
+
+# (schedule, memory mode, dispatcher, chunks, what else)
+ALL_AT_ONCE, IN_PASSES = dict(expert=4), dict(expert=2, data=2, capacity_factor=0.4, overflow="passes")
+WAYS = [
+    ("one_f_one_b", "layer", "halo2_dedup", 3, ALL_AT_ONCE),
+    ("zb_h1", "named", "halo2_dedup", 2, ALL_AT_ONCE),
+    # Pipe ranks and replicas make different numbers of passes.
+    ("one_f_one_b", "layer", "halo2_dedup", 2, IN_PASSES),
+    ("zb_h1", "stash", "halo2", 1, IN_PASSES),
+]
+MORE_WAYS = [
+    ("zb_h1", "stash", "halo2_dedup", 1, ALL_AT_ONCE),
+    ("zb_v", "stash", "halo2", 2, ALL_AT_ONCE),
+    ("interleaved", "products", "halo2_dedup", 2, ALL_AT_ONCE),
+    ("one_f_one_b", "stage", "flat", 1, IN_PASSES),
+    ("zb_h1", "named", "halo2_dedup", 1, IN_PASSES),
+    ("zb_v", "products", "flat", 3, IN_PASSES),
+]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "mode", "dispatch", "chunks", "others"),
+    [*WAYS, *(pytest.param(*way, marks=pytest.mark.slow) for way in MORE_WAYS)],
+)
+def test_ways_to_the_experts_equal_one_device(schedule, mode, dispatch, chunks, others):
+    stages = 2 * registry.chunks_of(schedule)
+    plan = plan_for(
+        model(), schedule=schedule, memory_mode=mode, dispatch=dispatch, dispatch_chunks=chunks, pipe=2,
+        layers_per_stage=(4 // stages,) * stages, **others,
+    )  # fmt: skip
+    check_equal(model(), plan, tolerance=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatch", ["halo3", "halo3_dedup"])
+def test_rows_that_travel_later_through_leaders_equal_one_device(dispatch):
+    # Permutes wait for all devices, so replicas agree on the number of passes.
+    ways = dict(dispatch=dispatch, expert=4, data=2, capacity_factor=0.3, overflow="passes")
+    check_equal(model(), plan_for(model(), **ways), tolerance=1e-5)
+
+
+def test_dispatch_by_nodes_and_in_chunks_cannot_deadlock():
+    check_cannot_deadlock("zb_h1", (2, 4, 1), "layer", dispatch="halo2_dedup", dispatch_chunks=2)
+
+
+@pytest.mark.parametrize("schedule", ["one_f_one_b", "zb_h1"])
+def test_later_passes_cannot_deadlock(schedule):
+    check_cannot_deadlock(
+        schedule, (2, 2, 2), "layer", dispatch="halo2_dedup", capacity_factor=0.4, overflow="passes"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatch", ["halo3", "halo3_dedup"])
+def test_dispatch_through_leaders_equals_one_device(dispatch):
+    check_equal(model(), plan_for(model(), dispatch=dispatch, expert=4, data=2), tolerance=1e-5)
