@@ -2,9 +2,9 @@
 
     python -m benchmarks.alltoall [bytes sweep overlap schedule] [--write]
 
-bytes: every dispatcher, compiled for 2 and 4 nodes of 8 simulated devices, sends between nodes what the closed form
-says (1 %), and with de-duplication 3.8 and 2.1 times fewer for E=256, k=8 than one copy per expert; results and
-gradients equal the dense computation.
+bytes: every dispatcher, compiled for 2 and 4 nodes of 8 simulated devices, sends between nodes and inside them what
+the closed form says (1 %), and with de-duplication between nodes 3.8 and 2.1 times fewer for E=256, k=8 than one copy
+per expert; results and gradients equal the dense computation.
 
 sweep: 4 nodes of 8 devices as network namespaces of this machine, gloo between them, links of 200 Mbit/s. All-to-alls
 at 256 B of a pair are twice as quick in phases as flat; dispatch and combine of a layer with de-duplication twice as

@@ -212,7 +212,8 @@ def _dispatchers() -> Iterator[Case]:
     yield case(deepseek, (1, 1, 8), **limited, dtype="float32", dispatch_chunks=2, **eight)
     for memory_mode in ("named", "products", "stash"):
         yield case(deepseek, (1, 1, 8), dispatch="halo2_dedup", memory_mode=memory_mode, **eight)
-    yield case(deepseek, (1, 1, 8), dispatch="halo3_dedup", **eight)
+    for memory_mode in ("layer", "products", "stash"):
+        yield case(deepseek, (1, 1, 8), dispatch="halo3_dedup", memory_mode=memory_mode, **eight)
     yield case(deepseek, (1, 1, 8), dispatch="halo3_dedup", capacity_factor=1.25, dtype="float32", **eight)
 
 

@@ -271,6 +271,15 @@ def leaders_of_a_pair(num_nodes: int, local: int) -> int:
     return local // min(num_nodes, local)
 
 
+def handed_fraction(num_nodes: int, local: int) -> float:
+    """Bytes that devices hand to leaders over those they have for all nodes: 1 where leaders share pairs evenly.
+
+    Every device of a node is handed as much in every round, also one that leads no pair in it.
+    """
+    rounds = ceil(num_nodes / min(num_nodes, local))
+    return local * rounds / (leaders_of_a_pair(num_nodes, local) * num_nodes)
+
+
 def inside_nodes(
     platform: Platform, group_or_factors: Group | tuple[int, int, int], num_bytes: Any
 ) -> Transfer:
@@ -291,7 +300,8 @@ def between_nodes(
     """Every device sends `num_bytes` in equal parts to the devices of its local index in all nodes, itself included.
 
     Striped, it hands them to the leaders of the pairs of nodes, these send what they have of their node, and hand out
-    what they receive (`halo`): all bytes also move inside, twice.
+    what they receive: all bytes also move inside, twice, those for the own node as well. So it may be bytes for all
+    devices of all nodes, not only for those of its index. (`halo` has what stays in the node move there once.)
     """
     layout = layout_of(platform, group_or_factors)
     local, num_nodes = layout.local, layout.size // layout.local
@@ -299,10 +309,11 @@ def between_nodes(
     within, beyond = _peers(layout)
     if not striped or local == 1 or num_nodes == 1:
         return _transfer(platform, *_messages(platform, beyond, part), own_bytes=part)
-    handed, sent_inside = _messages(platform, within, num_bytes / local)
+    each = handed_fraction(num_nodes, local) * num_bytes / local
+    handed, sent_inside = _messages(platform, within, each)
     crossed, sent_far = _between_leaders(platform, layout, part)
     sent = [2 * near + far for near, far in zip(sent_inside, sent_far, strict=True)]
-    return _transfer(platform, 2 * handed + crossed, sent, own_bytes=part + 2 * num_bytes / local)
+    return _transfer(platform, 2 * handed + crossed, sent, own_bytes=part + 2 * each)
 
 
 def _between_leaders(platform: Platform, layout: Layout, per_node: Any) -> tuple[Any, list[Any]]:

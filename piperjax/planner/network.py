@@ -93,12 +93,14 @@ def dispatch_stages(
         )
     most = tokens * min(experts_per_token, num_experts // load.num_devices)
     rows = load.num_devices * load.static_rows(experts_per_token, load.num_devices, most, capacity_factor)
-    if way.algorithm == "halo2":
-        phases = [
-            phase(platform, expert_factors, rows * row_bytes) for phase in (inside_nodes, between_nodes)
-        ]
-        return Stages(one_after_other(*phases), nothing)
-    whole = all_to_all(platform, expert_factors, rows * row_bytes, algorithm=way.algorithm)
+    num_bytes = rows * row_bytes
+    if way.algorithm == "flat" or min(load.num_nodes, expert_factors[2]) == 1:
+        whole = all_to_all(platform, expert_factors, num_bytes)
+    elif way.algorithm == "halo3":
+        whole = between_nodes(platform, expert_factors, num_bytes, striped=True)
+    else:
+        phases = (phase(platform, expert_factors, num_bytes) for phase in (inside_nodes, between_nodes))
+        whole = one_after_other(*phases)
     return Stages(whole, nothing)
 
 

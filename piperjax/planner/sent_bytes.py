@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from models.config import ModelConfig, MoEFFN
+from piperjax.planner.collectives import handed_fraction
 from piperjax.planner.dispatchers import named
 from piperjax.planner.kept import Share, message_bytes
 from piperjax.planner.plan import Plan
@@ -40,12 +41,15 @@ def _layer_bytes(D: int, ffn: MoEFFN, plan: Plan, share: Share) -> dict[str, flo
         there, back = (message_bytes(D, ffn, share, ids=ids) for ids in (True, False))
     # Results return as rows. Backward sends their gradients there, and those of rows and gates back.
     each = forward * (there + row) + row + back
-    if way.algorithm == "flat":
+    group, node, local = plan.expert_factors
+    # In one node, or with one device in each, the phases of copies are a flat exchange.
+    if way.algorithm == "flat" or (not way.deduplicates and min(group * node, local) == 1):
         return _spread(plan.expert_factors, each * rows.experts, "all")
     between = each * (rows.of_node if way.deduplicates else rows.experts)
     inside = each * rows.arrived
-    if way.algorithm == "halo3":  # To leaders and from them.
-        inside = each * (rows.arrived + 2 * rows.of_node) if way.deduplicates else 2 * inside
+    if way.algorithm == "halo3" and min(group * node, local) > 1:  # To leaders and from them.
+        handed = 2 * handed_fraction(group * node, local) * between
+        inside = inside + handed if way.deduplicates else handed
     found = _spread(plan.expert_factors, between, "between")
     for level, num_bytes in _spread(plan.expert_factors, inside, "inside").items():
         found[level] += num_bytes

@@ -48,7 +48,18 @@ def test_hierarchy_sends_as_much_between_nodes_and_more_inside():
     flat, halo2, halo3 = (sent(dispatch=name) for name in ("flat", "halo2", "halo3"))
     for level in ("node", "group"):
         assert flat[level] == halo2[level] == halo3[level]
-    assert flat["local"] < halo2["local"] < halo3["local"]
+    assert flat["local"] < halo2["local"] and halo3["local"] == 2 * halo2["local"]
+    # Three nodes of two in two rounds: leaders have room for four pairs. In one node nobody leads.
+    three = dict(expert=6, expert_factors=(1, 3, 2))
+    thirds = moe_model(num_layers=4, d_model=64, num_experts=12, experts_per_token=4)
+    halo2, halo3 = (
+        dispatch_bytes(thirds, make_plan(thirds, **FACTORS | three, dispatch=name))
+        for name in ("halo2", "halo3")
+    )
+    assert halo3["local"] == pytest.approx(2 * 4 / 3 * halo2["local"])
+    one = dict(expert_factors=(1, 1, 8))
+    assert sent(**one) == sent(**one, dispatch="halo3")
+    assert sent(**one, dispatch="halo2_dedup") == sent(**one, dispatch="halo3_dedup")
 
 
 def test_pipe_ranks_share_layers_and_one_device_sends_nothing():

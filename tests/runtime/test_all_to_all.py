@@ -12,6 +12,7 @@ import pytest
 
 from meshes.axes import BATCH, EXPERT
 from meshes.mesh import build_mesh
+from piperjax.planner.collectives import handed_fraction
 from piperjax.runtime.all_to_all import ALL_TO_ALLS, _Leaders
 
 FACTORS = [(2, 2, 2), (1, 2, 4), (1, 4, 2), (4, 2, 1), (1, 1, 8), (1, 3, 2), (1, 2, 3)]
@@ -120,6 +121,8 @@ def test_leaders_share_the_work(nodes, local):
     assert all(a % local == b % local for a, b in pairs)
     for number in leaders.rounds:
         assert len({a for a, _ in number}) == len({b for _, b in number}) == len(number)
+    parts = sum(part.size for part in leaders.sources) / nodes
+    assert parts == pytest.approx(handed_fraction(nodes, local) * nodes * leaders.shares)
     # Nobody sends or receives more often than the number of rounds; with sizes that divide, all equally often.
     assert len(leaders.rounds) == -(-nodes // local)
     if nodes % local == 0 or local % nodes == 0:

@@ -1,5 +1,6 @@
-"""What dispatchers send between nodes, read off the compiled program, is what the plan's prices say."""
+"""What dispatchers send between nodes and inside, read off the compiled program, is what the plan's prices say."""
 
+import math
 import re
 
 import jax
@@ -7,29 +8,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.alltoall_bytes import sent_bytes_by_level
 from benchmarks.dispatch_cases import Case
 from meshes.axes import EXPERT
 from meshes.device import Device
 from meshes.platform import Link, Platform
 from piperjax.planner.network import dispatch_transfer
 from piperjax.runtime.dispatch import make_experts
-from piperjax.runtime.hlo import first_group, parse, sent_bytes
+from piperjax.runtime.hlo import parse
 
-WIDTH, FACTORS = 4096, (1, 2, 4)
-TOY = Platform(
-    name="toy",
-    description="two nodes",
-    device=Device(),
-    devices_per_node=4,
-    links=(
-        Link(name="node", devices=4, bytes_per_second=100e9, latency_seconds=1e-6),
-        Link(name="fabric", devices=8, bytes_per_second=10e9, latency_seconds=1e-5),
-    ),
-)
+WIDTH, TWO_NODES, THREE_NODES = 4096, (1, 2, 4), (1, 3, 2)
 
 
-def compiled_text(dispatch, capacity_factor, *, k, gradient):
-    case = Case(P=8, E=16, k=k, T=32, factors=FACTORS)
+def toy(factors):
+    _, nodes, local = factors
+    return Platform(
+        name="toy",
+        description="some nodes",
+        device=Device(),
+        devices_per_node=local,
+        links=(
+            Link(name="node", devices=local, bytes_per_second=100e9, latency_seconds=1e-6),
+            Link(name="wire", devices=nodes * local, bytes_per_second=10e9, latency_seconds=1e-5),
+        ),
+    )
+
+
+def compiled_text(dispatch, capacity_factor, *, k, gradient, factors=TWO_NODES):
+    devices = math.prod(factors)
+    case = Case(P=devices, E=2 * devices, k=k, T=32, factors=factors)
     function = case.function(
         make_experts(dispatch, EXPERT, capacity_factor), lambda rows, w, sizes: rows * w[0, 0, 0]
     )
@@ -49,47 +56,31 @@ def compiled_text(dispatch, capacity_factor, *, k, gradient):
     return case, jax.jit(chosen).lower(x, shapes["gates"], shapes["w"], ids).compile().as_text()
 
 
-def off_node_bytes(text):
-    """Bytes that a device sends to other nodes, on average."""
-    total = 0.0
-    for visit in parse(text).visits():
-        one = visit.instruction
-        operation = one.operation.removesuffix("-start")
-        if operation not in ("all-to-all", "all-gather", "collective-permute"):
-            continue
-        if operation == "collective-permute":
-            pairs = re.findall(
-                r"\{(\d+),(\d+)\}", one.rest.split("source_target_pairs=")[1].split("}}")[0] + "}"
-            )
-            crossing = sum(int(a) // 4 != int(b) // 4 for a, b in pairs)
-            total += visit.times * sent_bytes(one, 2) * crossing / 8
-        else:
-            group = np.array(first_group(one))
-            elsewhere = (group // 4 != group[0] // 4).mean()
-            total += visit.times * sent_bytes(one, len(group)) * elsewhere / (1 - 1 / len(group))
-    return total
-
-
 @pytest.mark.parametrize(
-    ("dispatch", "capacity_factor"),
+    ("dispatch", "capacity_factor", "factors"),
     [
-        ("flat", 0.0),
-        ("halo2", 0.0),
-        ("halo3", 0.0),
-        ("halo2_dedup", 0.0),
-        ("halo2_dedup", 0.75),
-        ("halo3_dedup", 0.0),
-        ("halo3_dedup", 0.75),
-        ("flat", 0.75),
+        ("flat", 0.0, TWO_NODES),
+        ("halo2", 0.0, TWO_NODES),
+        ("halo3", 0.0, TWO_NODES),
+        ("halo2_dedup", 0.0, TWO_NODES),
+        ("halo2_dedup", 0.75, TWO_NODES),
+        ("halo3_dedup", 0.0, TWO_NODES),
+        ("halo3_dedup", 0.75, TWO_NODES),
+        ("flat", 0.75, TWO_NODES),
+        # Three nodes in two rounds of two leaders: in one of four places a leader has no pair.
+        ("halo3", 0.0, THREE_NODES),
+        pytest.param("halo3_dedup", 0.0, THREE_NODES, marks=pytest.mark.slow),
     ],
 )
-def test_bytes_between_nodes_are_the_closed_form(dispatch, capacity_factor):
-    case, text = compiled_text(dispatch, capacity_factor, k=2, gradient=False)
+def test_bytes_between_nodes_and_inside_are_the_closed_form(dispatch, capacity_factor, factors):
+    case, text = compiled_text(dispatch, capacity_factor, k=2, gradient=False, factors=factors)
     cost = dispatch_transfer(
-        TOY, expert_factors=FACTORS, tokens=case.T, row_bytes=4 * WIDTH, num_experts=case.E, experts_per_token=case.k,
-        dispatcher=dispatch, capacity_factor=capacity_factor,
+        toy(factors), expert_factors=factors, tokens=case.T, row_bytes=4 * WIDTH, num_experts=case.E,
+        experts_per_token=case.k, dispatcher=dispatch, capacity_factor=capacity_factor,
     )  # fmt: skip
-    assert off_node_bytes(text) == pytest.approx(2 * cost.bytes_by_level["fabric"], rel=0.01)
+    assert sent_bytes_by_level(parse(text), *factors[1:]) == pytest.approx(
+        {level: 2 * cost.bytes_by_level[level] for level in ("node", "wire")}, rel=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,5 +101,6 @@ def test_rows_that_cross_once_need_no_scatter_and_no_empty_message(dispatch, cap
 
 @pytest.mark.slow
 def test_each_node_is_sent_a_token_once_whatever_the_number_of_experts():
-    sizes = [off_node_bytes(compiled_text("halo2_dedup", 0.0, k=k, gradient=False)[1]) for k in (1, 4)]
+    texts = (compiled_text("halo2_dedup", 0.0, k=k, gradient=False)[1] for k in (1, 4))
+    sizes = [sent_bytes_by_level(parse(text), *TWO_NODES[1:])["wire"] for text in texts]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.01)

@@ -3,6 +3,8 @@
 import jax
 import pytest
 
+from piperjax.planner.dispatchers import DISPATCHERS
+from piperjax.planner.plan import MEMORY_MODES
 from piperjax.schedules import registry
 from tests.runtime.executor_cases import (
     abstract_arguments,
@@ -70,9 +72,6 @@ WAYS = [
     ("zb_h1", "stash", "halo2", 1, IN_PASSES),
 ]
 MORE_WAYS = [
-    ("zb_h1", "stash", "halo2_dedup", 1, ALL_AT_ONCE),
-    ("zb_v", "stash", "halo2", 2, ALL_AT_ONCE),
-    ("interleaved", "products", "halo2_dedup", 2, ALL_AT_ONCE),
     ("one_f_one_b", "stage", "flat", 1, IN_PASSES),
     ("zb_h1", "named", "halo2_dedup", 1, IN_PASSES),
     ("zb_v", "products", "flat", 3, IN_PASSES),
@@ -84,12 +83,46 @@ MORE_WAYS = [
     [*WAYS, *(pytest.param(*way, marks=pytest.mark.slow) for way in MORE_WAYS)],
 )
 def test_ways_to_the_experts_equal_one_device(schedule, mode, dispatch, chunks, others):
-    stages = 2 * registry.chunks_of(schedule)
+    check_way(schedule, mode, dispatch, chunks, pipe=2, **others)
+
+
+def check_way(schedule, mode, dispatch, chunks, *, pipe, **others):
+    stages = pipe * registry.chunks_of(schedule)
     plan = plan_for(
-        model(), schedule=schedule, memory_mode=mode, dispatch=dispatch, dispatch_chunks=chunks, pipe=2,
-        layers_per_stage=(4 // stages,) * stages, **others,
+        model(), schedule=schedule, memory_mode=mode, dispatch=dispatch, dispatch_chunks=chunks, pipe=pipe,
+        layers_per_stage=(4 // stages,) * stages, M=8 if schedule == "dualpipe_v" else 4, **others,
     )  # fmt: skip
     check_equal(model(), plan, tolerance=1e-5)
+
+
+def every_schedule():
+    """Every schedule with every hierarchical dispatcher: two nodes of two devices, and two pipe ranks or replicas.
+
+    Memory modes, chunks, and whether all rows travel at once change from cell to cell.
+    """
+    for i, schedule in enumerate(registry.names()):
+        for j, dispatch in enumerate(name for name in DISPATCHERS if name != "flat"):
+            others = dict(capacity_factor=0.4, overflow="passes") if (i + j) % 4 == 3 else {}
+            mode, chunks = MEMORY_MODES[(i + j) % len(MEMORY_MODES)], 1 + (i + j) % 3
+            slow = (schedule, dispatch) not in DAILY
+            yield pytest.param(
+                schedule, mode, dispatch, chunks, others, marks=[pytest.mark.slow] if slow else []
+            )
+
+
+DAILY = {("dualpipe_v", "halo2_dedup"), ("auto", "halo2"), ("zb_v", "halo3_dedup")}
+
+
+@pytest.mark.parametrize(("schedule", "mode", "dispatch", "chunks", "others"), [*every_schedule()])
+def test_every_schedule_by_nodes_equals_one_device(schedule, mode, dispatch, chunks, others):
+    if DISPATCHERS[dispatch].waits_for_all:
+        with pytest.raises(
+            ValueError, match="permutes, which wait for every device .* pipe must be 1, got 2"
+        ):
+            check_way(schedule, mode, dispatch, chunks, pipe=2, expert=4, **others)
+        check_way(schedule, mode, dispatch, chunks, pipe=1, expert=4, data=2, **others)
+    else:
+        check_way(schedule, mode, dispatch, chunks, pipe=2, expert=4, **others)
 
 
 @pytest.mark.slow
@@ -109,9 +142,3 @@ def test_later_passes_cannot_deadlock(schedule):
     check_cannot_deadlock(
         schedule, (2, 2, 2), "layer", dispatch="halo2_dedup", capacity_factor=0.4, overflow="passes"
     )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dispatch", ["halo3", "halo3_dedup"])
-def test_dispatch_through_leaders_equals_one_device(dispatch):
-    check_equal(model(), plan_for(model(), dispatch=dispatch, expert=4, data=2), tolerance=1e-5)
