@@ -5,6 +5,7 @@ On simulated devices, inside shard_map with check_vma=True. Each device has toke
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 
 from meshes.axes import BATCH, EXPERT
 from meshes.mesh import build_mesh
+from piperjax.runtime import permute
 from piperjax.runtime.varying import vary
 
 D = 8
@@ -142,3 +144,13 @@ def check(case, run, rng, *, forward=1e-6, backward=1e-5, kept_of=None, overflow
             assert_close(found, wanted, backward)
         by_device = (~kept).reshape(case.P * case.data, -1).sum(1)
         np.testing.assert_array_equal(dropped, by_device)
+
+
+def check_dead_rows(case, experts, multiply, rng, monkeypatch):
+    """Results and gradients are the same bits where dead rows of buffers hold NaN."""
+    arrays = case.arrays(rng)
+    ids = route(rng, "zipf", len(arrays["x"]), case.E, case.k)
+    plain = case.compiled(experts, multiply)(arrays, ids)
+    monkeypatch.setattr(permute, "DEAD_FILL", math.nan)
+    poisoned = case.compiled(experts, multiply)(arrays, ids)
+    jax.tree.map(np.testing.assert_array_equal, poisoned, plain)

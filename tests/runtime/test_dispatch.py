@@ -12,9 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.dispatch_cases import Case, D, assert_close, check, masked_multiply, route, truth
+from benchmarks.dispatch_cases import (
+    Case,
+    D,
+    assert_close,
+    check,
+    check_dead_rows,
+    masked_multiply,
+    route,
+    truth,
+)
 from meshes.axes import EXPERT
-from piperjax.runtime import permute
 from piperjax.runtime.dispatch import DISPATCHERS, make_experts
 from piperjax.runtime.dispatcher import Dispatcher
 from piperjax.runtime.grouped_matmul import grouped_matmul
@@ -93,21 +101,15 @@ def test_capacity_drops_later_tokens_and_counts_them(P, k, capacity_factor):
 def test_dead_rows_full_of_nan_change_nothing(monkeypatch, P, capacity_factor):
     case = Case(P=P, E=8, k=2)
     experts = make_experts("flat", EXPERT, capacity_factor)
-    rng = np.random.default_rng(4)
-    arrays = case.arrays(rng)
-    ids = route(rng, "zipf", len(arrays["x"]), case.E, case.k)
-    plain = case.compiled(experts, grouped_matmul)(arrays, ids)
-    monkeypatch.setattr(permute, "DEAD_FILL", math.nan)
     seen = []
 
     def multiply(rows, w, sizes):
         jax.debug.callback(lambda rows: seen.append(np.isnan(rows).any()), rows)
         return grouped_matmul(rows, w, sizes)
 
-    poisoned = case.compiled(experts, multiply)(arrays, ids)
+    check_dead_rows(case, experts, multiply, np.random.default_rng(4), monkeypatch)
     jax.effects_barrier()
     assert any(seen), "the poison did not reach the experts: this test tests nothing"
-    jax.tree.map(np.testing.assert_array_equal, poisoned, plain)
 
 
 @pytest.mark.parametrize(

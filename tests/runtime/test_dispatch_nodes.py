@@ -1,7 +1,6 @@
 """Rows that cross to a node once give the results and gradients of the dense sum, and cross no more often."""
 
 import functools
-import math
 import os
 import subprocess
 import sys
@@ -10,9 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.dispatch_cases import Case, assert_close, check, masked_multiply, route, truth
+from benchmarks.dispatch_cases import (
+    Case,
+    assert_close,
+    check,
+    check_dead_rows,
+    masked_multiply,
+    route,
+    truth,
+)
 from meshes.axes import EXPERT
-from piperjax.runtime import permute
 from piperjax.runtime.dispatch import make_experts
 from piperjax.runtime.dispatch_nodes_limited import limits
 from piperjax.runtime.dispatcher import Sharing
@@ -143,13 +149,7 @@ def test_equals_flat_bit_for_bit_where_nothing_is_added_up():
 def test_dead_rows_full_of_nan_change_nothing(monkeypatch, name, capacity_factor, chunks):
     case = Case(P=8, E=16, k=3, factors=(1, 4, 2))
     experts = make_experts(name, EXPERT, capacity_factor, chunks=chunks)
-    rng = np.random.default_rng(3)
-    arrays = case.arrays(rng)
-    ids = route(rng, "zipf", len(arrays["x"]), case.E, case.k)
-    plain = case.compiled(experts, masked_multiply)(arrays, ids)
-    monkeypatch.setattr(permute, "DEAD_FILL", math.nan)
-    poisoned = case.compiled(experts, masked_multiply)(arrays, ids)
-    jax.tree.map(np.testing.assert_array_equal, poisoned, plain)
+    check_dead_rows(case, experts, masked_multiply, np.random.default_rng(3), monkeypatch)
 
 
 def test_experts_may_live_anywhere():

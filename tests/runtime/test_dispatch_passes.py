@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 import os
 import subprocess
 import sys
@@ -12,10 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.dispatch_cases import Case, D, assert_close, check, masked_multiply, route, truth
+from benchmarks.dispatch_cases import (
+    Case,
+    D,
+    assert_close,
+    check,
+    check_dead_rows,
+    masked_multiply,
+    route,
+    truth,
+)
 from meshes.axes import BATCH, EXPERT
 from piperjax.planner.dispatchers import named
-from piperjax.runtime import permute
 from piperjax.runtime.dispatch import DISPATCHERS, make_experts
 from piperjax.runtime.dispatcher import Sharing
 from piperjax.runtime.grouped_matmul import grouped_matmul
@@ -77,13 +84,7 @@ def test_equals_the_dense_sum_in_float64():
 @pytest.mark.parametrize("name", ["halo2", "halo2_dedup"])
 def test_dead_rows_full_of_nan_change_nothing(monkeypatch, name):
     experts = in_passes(name, 0.6, chunks=2)
-    rng = np.random.default_rng(3)
-    arrays = CASE.arrays(rng)
-    ids = route(rng, "zipf", len(arrays["x"]), CASE.E, CASE.k)
-    plain = CASE.compiled(experts, masked_multiply)(arrays, ids)
-    monkeypatch.setattr(permute, "DEAD_FILL", math.nan)
-    poisoned = CASE.compiled(experts, masked_multiply)(arrays, ids)
-    jax.tree.map(np.testing.assert_array_equal, poisoned, plain)
+    check_dead_rows(CASE, experts, masked_multiply, np.random.default_rng(3), monkeypatch)
 
 
 def test_passes_are_as_many_as_the_fullest_buffer_needs():
