@@ -2,139 +2,29 @@
 
 python -m benchmarks.memory            compiles every case, writes benchmarks/results/memory.csv and docs/memory.svg
 python -m benchmarks.memory --reuse    predicts again beside the compiled bytes of the table
+python -m benchmarks.memory --random 100 --seed 7    the same for random steps (`memory_random.py`)
 """
 
 import argparse
 import csv
-import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks import memory_random
+from benchmarks.memory_cases import COLUMNS, Case, case, scaled
 from meshes.mesh import simulate_devices
-from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig
-from models.presets import preset
-from piperjax.planner.dispatchers import Way
 from piperjax.planner.memory import estimate_memory
-from piperjax.planner.plan import Plan
 from piperjax.schedules import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE, PICTURE = ROOT / "benchmarks" / "results" / "memory.csv", ROOT / "docs" / "memory.svg"
 MEAN_BAR, UNDER_BAR, OVER_BAR = 0.05, -0.02, 0.12
 NUM_DEVICES = 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One step to compile."""
-
-    model: ModelConfig
-    plan: Plan
-    dtype: str
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """The columns that say which case it is."""
-        plan = self.plan
-        return (
-            self.model.name,
-            f"{plan.pipe}x{plan.data}x{plan.expert}",
-            plan.schedule,
-            "-".join(map(str, plan.layers_per_stage)),
-            plan.memory_mode,
-            plan.vocabulary,
-            "overlap" if plan.overlap else "",
-            _capacity(plan),
-            str(Way(plan.dispatch, plan.dispatch_chunks)),
-            f"{plan.num_microbatches}x{plan.microbatch_size // (plan.data * plan.expert)}x{plan.seq_len}",
-            self.dtype,
-        )
-
-
-COLUMNS = (
-    *(
-        "model",
-        "pipe x data x expert",
-        "schedule",
-        "layers per stage",
-        "memory mode",
-        "vocabulary",
-        "overlap",
-    ),
-    *("capacity", "dispatch", "microbatches x sequences x length", "dtype"),
-)
+# What is allocated is known before machine code is made, of which little will do.
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 NUMBERS = ("compiled_bytes", "predicted_bytes", "error")
-
-
-def _capacity(plan: Plan) -> str:
-    if not plan.capacity_factor:
-        return "dropless"
-    return f"{plan.capacity_factor:g}" + (" passes" if plan.overflow == "passes" else "")
-
-
-def scaled(
-    name: str, *, d_model: int = 320, num_layers: int = 4, num_experts: int = 8, **changes
-) -> ModelConfig:
-    """A preset at a size that compiles quickly: widths in proportion to `d_model`, fewer layers and experts."""
-    model = preset(name)
-    ratio = d_model / model.d_model
-
-    def width(features: int) -> int:
-        return max(16, round(features * ratio / 16) * 16) if features else 0
-
-    def layer(one: LayerConfig) -> LayerConfig:
-        groups, qk_norm, bias = 1, "none", "none"
-        if isinstance(one.attention, GroupedQueryAttention):
-            groups = min(4, one.attention.num_heads // one.attention.num_kv_heads)
-            qk_norm, bias = one.attention.qk_norm, one.attention.bias
-        attention = GroupedQueryAttention(
-            num_heads=4, num_kv_heads=4 // groups, head_dim=d_model // 4, qk_norm=qk_norm, bias=bias
-        )
-        ffn = one.ffn
-        if isinstance(ffn, DenseFFN):
-            return LayerConfig(attention=attention, ffn=dataclasses.replace(ffn, d_ff=width(ffn.d_ff)))
-        # So few experts are not enough for groups.
-        router = dataclasses.replace(ffn.router, num_groups=1, groups_per_token=1)
-        ffn = dataclasses.replace(
-            ffn,
-            router=router,
-            num_experts=num_experts,
-            experts_per_token=min(ffn.experts_per_token, num_experts // 2),
-            d_ff=width(ffn.d_ff),
-            shared_d_ff=width(ffn.shared_d_ff),
-            dense_residual_d_ff=width(ffn.dense_residual_d_ff),
-        )
-        return LayerConfig(attention=attention, ffn=ffn)
-
-    layers = tuple(layer(one) for one in model.layers[:num_layers])
-    fields = {"vocab_size": 2048, **changes}
-    return dataclasses.replace(model, d_model=d_model, layers=layers, **fields)
-
-
-def case(model: ModelConfig, mesh: tuple[int, int, int] = (1, 1, 1), **options) -> Case:
-    """A case from a mesh (pipe, data, expert) and whatever differs from the usual."""
-    pipe, data, expert = mesh
-    factors = options.pop("expert_factors", (1, 1, expert))
-    dtype, sequences = options.pop("dtype", "bfloat16"), options.pop("sequences", 2)
-    schedule = registry.canonical(options.pop("schedule", "one_f_one_b"))
-    num_microbatches = options.pop("num_microbatches", 2 * pipe if pipe > 1 else 4)
-    stages = pipe * registry.chunks_of(schedule, options.get("num_chunks", 0))
-    quotient, rest = divmod(model.num_layers, stages)
-    default_stages = tuple(quotient + (stage < rest) for stage in range(stages))
-    plan = Plan(
-        pipe=pipe,
-        data=data,
-        expert=expert,
-        expert_factors=factors,
-        schedule=schedule,
-        num_microbatches=num_microbatches,
-        layers_per_stage=options.pop("layers_per_stage", default_stages),
-        batch_size=num_microbatches * sequences * data * expert,
-        seq_len=options.pop("seq_len", 128),
-        **options,
-    )
-    return Case(model=model, plan=plan, dtype=dtype)
 
 
 def cases() -> Iterator[Case]:
@@ -293,6 +183,15 @@ def picture(rows: list[tuple[Case, int, float]]) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
+def _random_steps(count: int, seed: int, *, reuse: bool) -> int:
+    known = memory_random.read_table(seed) if reuse else {}
+    functions = dict(compiled_bytes=compiled_bytes, predicted_bytes=predicted_bytes)
+    rows = memory_random.run(count, seed, known=known, **functions)
+    memory_random.write_table(rows, seed)
+    print(memory_random.summary(rows, under=UNDER_BAR, over=OVER_BAR))
+    return 0
+
+
 def main() -> int:
     """Prints the table and says whether the bars are met."""
     parser = argparse.ArgumentParser(
@@ -304,8 +203,13 @@ def main() -> int:
     parser.add_argument(
         "--only", default="", help="compile only cases whose columns contain this text; write nothing"
     )
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="compile N random steps instead")
+    parser.add_argument("--seed", type=int, default=0, help="of the random steps")
     args = parser.parse_args()
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
     simulate_devices(NUM_DEVICES)
+    if args.random:
+        return _random_steps(args.random, args.seed, reuse=args.reuse)
     known = read_table() if args.reuse and TABLE.exists() else {}
     rows = []
     for one in cases():
