@@ -5,8 +5,9 @@
 First `python -m piperjax measure` finds out how fast this computer is, unless a platform file is given. Then a model
 is trained for a few steps on twelve meshes of eight devices, with several schedules, memory modes and numbers of
 microbatches, and on the plan that the planner picks. Predictions come from the platform file alone, nothing is fitted
-to the steps. Run it on a quiet machine. Beside every step a product of fixed size is timed: where the speed of the
-processor drifts, its range says by how much, and no prediction can be closer.
+to the steps. Run it on a quiet machine. All meshes are gone through twice, minutes apart, and the median of a mesh's
+steps counts. Beside every mesh a product of fixed size is timed: where the speed of the processor drifts, its range
+says by how much, and no prediction can be closer.
 
 `--steps` writes the measured seconds to a file, or reads what it has: only predictions change then, and the bars are
 not judged.
@@ -79,26 +80,33 @@ def make_plans(platform: Platform) -> list[Plan]:
     ]
 
 
-def measured_seconds(plan: Plan, *, repeats: int) -> float:
-    """Trains a few steps as `train.py` does; median seconds of a step, after the first."""
-    config = TrainConfig(
-        model=MODEL, plan=plan, data=DataConfig(batch_size=BATCH_SIZE, seq_len=SEQ_LEN), dtype=DTYPE
-    )
-    mesh = build_mesh(
-        pipe=plan.pipe, data=plan.data, expert_factors=plan.expert_factors, devices=jax.devices()
-    )
-    executor = Executor(MODEL, plan, mesh, config.dtype)
-    state = init_state(executor, config.seed)
-    batch = jax.device_put(random_batch(MODEL, plan), executor.batch_sharding)
-    flags = distributed.stop_flags(mesh, is_asked=False)
-    step = make_train_step(executor, config).lower(state, batch, flags).compile()
-    seconds = []
-    for _ in range(1 + repeats):
-        start = time.perf_counter()
-        state, metrics = step(state, batch, flags)
-        jax.block_until_ready((state, metrics))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+class Training:
+    """A plan compiled as `train.py` does, and the state of its run."""
+
+    def __init__(self, plan: Plan):
+        config = TrainConfig(
+            model=MODEL, plan=plan, data=DataConfig(batch_size=BATCH_SIZE, seq_len=SEQ_LEN), dtype=DTYPE
+        )
+        mesh = build_mesh(
+            pipe=plan.pipe, data=plan.data, expert_factors=plan.expert_factors, devices=jax.devices()
+        )
+        executor = Executor(MODEL, plan, mesh, config.dtype)
+        self.state = init_state(executor, config.seed)
+        self.inputs = (
+            jax.device_put(random_batch(MODEL, plan), executor.batch_sharding),
+            distributed.stop_flags(mesh, is_asked=False),
+        )
+        self.step = make_train_step(executor, config).lower(self.state, *self.inputs).compile()
+
+    def seconds(self, repeats: int) -> list[float]:
+        """Seconds of so many steps, after one that does not count."""
+        taken = []
+        for _ in range(1 + repeats):
+            start = time.perf_counter()
+            self.state, metrics = self.step(self.state, *self.inputs)
+            jax.block_until_ready((self.state, metrics))
+            taken.append(time.perf_counter() - start)
+        return taken[1:]
 
 
 def reference_seconds() -> float:
@@ -114,25 +122,34 @@ def reference_seconds() -> float:
 
 
 class Steps:
-    """Measured seconds by plan, kept in a file if there is one; those it has are not measured again."""
+    """Measured seconds of steps by plan, kept in a file if there is one; what it has is not measured again."""
 
-    def __init__(self, path: Path | None, *, repeats: int):
-        self.path, self.repeats = path, repeats
-        self.seconds: dict[str, float] = {}
+    def __init__(self, path: Path | None, *, rounds: int, repeats: int):
+        self.path, self.rounds, self.repeats = path, rounds, repeats
+        self.taken: dict[str, list[float]] = {}
         self.references: list[float] = []
         if path is not None and path.exists():
-            self.seconds = json.loads(path.read_text(encoding="utf-8"))
-        self.were_read = bool(self.seconds)
+            self.taken = json.loads(path.read_text(encoding="utf-8"))
+        self.were_read = bool(self.taken)
+
+    def measure(self, plans: list[Plan]) -> None:
+        """Goes through the plans as often as asked, so that the steps of one are minutes apart."""
+        trainings: dict[str, Training] = {}
+        for round_number in range(1, 1 + self.rounds):
+            for plan in plans:
+                name = _name(plan)
+                if len(self.taken.get(name, ())) >= round_number * self.repeats:
+                    continue
+                if name not in trainings:
+                    trainings[name] = Training(plan)
+                self.references.append(reference_seconds())
+                self.taken.setdefault(name, []).extend(trainings[name].seconds(self.repeats))
+                if self.path is not None:
+                    self.path.write_text(json.dumps(self.taken, indent=1), encoding="utf-8")
 
     def of(self, plan: Plan) -> float:
-        """Seconds of a step."""
-        name = " ".join(_described(plan).split())
-        if name not in self.seconds:
-            self.references.append(reference_seconds())
-            self.seconds[name] = measured_seconds(plan, repeats=self.repeats)
-            if self.path is not None:
-                self.path.write_text(json.dumps(self.seconds, indent=1), encoding="utf-8")
-        return self.seconds[name]
+        """The median seconds of a step."""
+        return statistics.median(self.taken[_name(plan)])
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float:
@@ -156,12 +173,18 @@ def _described(plan: Plan) -> str:
     )
 
 
+def _name(plan: Plan) -> str:
+    return " ".join(_described(plan).split())
+
+
 def main() -> int:
     """Prints the table and says whether the bars are met."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="measure fewer shapes, and 3 steps instead of 5")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure fewer shapes, and go through the meshes once"
+    )
     parser.add_argument("--platform", help="rates measured before, instead of measuring")
     parser.add_argument("--steps", type=Path, help="file of measured steps, written if it is not there")
     args = parser.parse_args()
@@ -170,19 +193,21 @@ def main() -> int:
             load_platform(args.platform) if args.platform else measured_platform(directory, quick=args.quick)
         )
     simulate_devices(NUM_DEVICES)
-    steps = Steps(args.steps, repeats=3 if args.quick else 5)
+    steps = Steps(args.steps, rounds=1 if args.quick else 2, repeats=3)
+    plans = make_plans(platform)
+    chosen = choose_plan(
+        MODEL, platform, NUM_DEVICES, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, dtype=DTYPE
+    ).plan
+    steps.measure([*plans, chosen])
 
     def row(plan: Plan) -> tuple[float, float]:
         predicted = estimate_time(MODEL, plan, platform, Conditions(dtype=DTYPE)).step_seconds
         measured = steps.of(plan)
-        print(f"{_described(plan)}{predicted:9.3f} s{measured:9.3f} s{predicted / measured:8.2f}", flush=True)
+        print(f"{_described(plan)}{predicted:9.3f} s{measured:9.3f} s{predicted / measured:8.2f}")
         return predicted, measured
 
     print("pipe x data x expert, schedule, microbatches, memory, vocabulary; predicted, measured, ratio")
-    predicted, measured = map(list, zip(*(row(plan) for plan in make_plans(platform)), strict=True))
-    chosen = choose_plan(
-        MODEL, platform, NUM_DEVICES, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, dtype=DTYPE
-    ).plan
+    predicted, measured = map(list, zip(*map(row, plans), strict=True))
     _, automatic = row(chosen)
     worst = max(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True))
     ranks = rank_correlation(predicted, measured)

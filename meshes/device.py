@@ -9,6 +9,7 @@ import numpy as np
 from meshes.fields import (
     Provenance,
     check_by_dtype,
+    check_by_kind,
     check_count,
     check_fraction,
     check_provenance,
@@ -18,6 +19,13 @@ from meshes.fields import (
     within_range,
 )
 
+# Kinds of work that goes through memory and computes little, each forward and, as they are slower, in its gradient:
+# norms with the residuals around them, rotary positions, gated activations, and permutations of rows. Last, bringing
+# an array into another layout, the last dimension outermost.
+ELEMENTWISE = (
+    *("norm", "norm_gradient", "rotary", "rotary_gradient", "activation", "activation_gradient"),
+    *("rows", "rows_gradient", "layout"),
+)
 # Head width at which the efficiencies of `Attention` are stated.
 USUAL_HEAD_DIM = 128
 
@@ -133,8 +141,8 @@ class Device:
       memory_bytes_per_second: peak rate of that memory; None where unknown.
       peak_flop_per_second: peak rate of matrix products by dtype name; empty where unknown.
       memory_efficiency: part of `memory_bytes_per_second` that elementwise work and copies reach.
-      activation_gradient_bytes_per_second: rate of the gradient of a gated activation, exponentials and all, in bytes
-        of its operands and results if each passes memory once; None where the memory bounds it.
+      elementwise_bytes_per_second: rates of work of a kind in `ELEMENTWISE`, in bytes of its operands and results if
+        each passes memory once; what is not there is bound by the memory.
       matmul: rates of dense matrix products; None where unknown.
       grouped_matmul: rates of the grouped products of experts.
       attention: rates of attention proper.
@@ -152,7 +160,7 @@ class Device:
     memory_bytes_per_second: float | None = None
     peak_flop_per_second: Mapping[str, float] = field(default_factory=dict, hash=False)
     memory_efficiency: float = 1.0
-    activation_gradient_bytes_per_second: float | None = None
+    elementwise_bytes_per_second: Mapping[str, float] = field(default_factory=dict, hash=False)
     matmul: Products | None = None
     grouped_matmul: Products | None = None
     attention: Attention | None = None
@@ -173,7 +181,10 @@ class Device:
             check_rate,
             example="bfloat16 = 191.5e12",
         )
-        rates = ("memory", "activation_gradient", "fresh", "host")
+        check_by_kind(
+            "device.elementwise_bytes_per_second", self.elementwise_bytes_per_second, ELEMENTWISE, check_rate
+        )
+        rates = ("memory", "fresh", "host")
         for name in (f"{rate}_bytes_per_second" for rate in rates):
             if getattr(self, name) is not None:
                 check_rate(f"device.{name}", getattr(self, name))
@@ -243,9 +254,9 @@ class Device:
             raise ValueError(_missing("device.memory_bytes_per_second"))
         return num_bytes / (self.memory_bytes_per_second * self.memory_efficiency) + self.launch_seconds
 
-    def activation_gradient_seconds(self, num_bytes: Any) -> Any:
-        """Seconds of the gradient of a gated activation whose operands and results are `num_bytes`."""
-        rate = self.activation_gradient_bytes_per_second
+    def elementwise_seconds(self, kind: str, num_bytes: Any) -> Any:
+        """Seconds of one operation of a kind in `ELEMENTWISE`, or of another, that reads and writes `num_bytes`."""
+        rate = self.elementwise_bytes_per_second.get(kind)
         return self.stream_seconds(num_bytes) if rate is None else num_bytes / rate + self.launch_seconds
 
     def together_seconds(self, longest_seconds: Any, total_seconds: Any) -> Any:

@@ -1,6 +1,6 @@
 """This file checks the fields of a machine description: every mistake is one sentence that names the field."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from math import inf, isfinite
@@ -60,6 +60,18 @@ def check_by_dtype(name: str, values: Any, check: Callable[[str, Any], None], *,
         raise ValueError(f"{name} must give a rate for each dtype, such as {{ {example} }}, got {values!r}")
     for dtype, value in values.items():
         check(f"{name}.{dtype}", value)
+
+
+def check_by_kind(name: str, values: Any, kinds: Sequence[str], check: Callable[[str, Any], None]) -> None:
+    """A table of one number for each of some kinds."""
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"{name} must give a rate for each kind, such as {{ {kinds[0]} = 1e10 }}, got {values!r}"
+        )
+    for kind, value in values.items():
+        if kind not in kinds:
+            raise ValueError(f"{name} has no kind '{kind}'; its kinds are {', '.join(kinds)}")
+        check(f"{name}.{kind}", value)
 
 
 def check_range(name: str, smallest: Any, largest: Any) -> None:

@@ -83,6 +83,14 @@ class BytesSample(NamedTuple):
     seconds: float
 
 
+class ElementwiseSample(NamedTuple):
+    """Work of a kind in `meshes.device.ELEMENTWISE`, and the bytes of its operands and results."""
+
+    kind: str
+    num_bytes: float
+    seconds: float
+
+
 class ExchangeSample(NamedTuple):
     """One collective in every group of the mesh at once.
 
@@ -109,7 +117,7 @@ class Measurements:
       alone: pairs of seconds of the same work (one device alone, all together).
       launch_seconds: of one operation of a program.
       call_seconds: of an empty program.
-      products, attention, streams, activations, exchanges, copies, fresh: samples; activations are their gradients.
+      products, attention, streams, elementwise, exchanges, copies, fresh: samples.
     """
 
     num_local: int
@@ -119,7 +127,7 @@ class Measurements:
     products: tuple[ProductSample, ...] = ()
     attention: tuple[AttentionSample, ...] = ()
     streams: tuple[BytesSample, ...] = ()
-    activations: tuple[BytesSample, ...] = ()
+    elementwise: tuple[ElementwiseSample, ...] = ()
     exchanges: tuple[ExchangeSample, ...] = ()
     copies: tuple[BytesSample, ...] = ()
     fresh: tuple[BytesSample, ...] = ()
@@ -170,17 +178,15 @@ def calibrate(platform: Platform, measurements: Measurements, *, shares_cores: b
         device, fits["device.attention"] = _with_attention(device, attention)
     if streams:
         device, fits["device"] = _with_streams(device, streams, keep_peak=not shares_cores)
-    for name in ("fresh", "activations"):
-        if samples := getattr(measurements, name):
-            rate = _rounded(float(np.median([s.num_bytes / (s.seconds * scale) for s in samples])))
-            rate_of = {
-                "fresh": "fresh_bytes_per_second",
-                "activations": "activation_gradient_bytes_per_second",
-            }
-            device = replace(device, **{rate_of[name]: rate})
+    if measurements.fresh:
+        device = replace(device, fresh_bytes_per_second=_median_rate(measurements.fresh, scale))
+    by_kind = {
+        kind: _median_rate([s for s in measurements.elementwise if s.kind == kind], scale)
+        for kind in dict.fromkeys(s.kind for s in measurements.elementwise)
+    }
+    device = replace(device, elementwise_bytes_per_second=by_kind or device.elementwise_bytes_per_second)
     if measurements.copies:
-        rates = [s.num_bytes / s.seconds for s in measurements.copies]
-        device = replace(device, host_bytes_per_second=_rounded(float(np.median(rates))))
+        device = replace(device, host_bytes_per_second=_median_rate(measurements.copies, 1.0))
     platform = replace(platform, device=device)
     if measurements.exchanges:
         links = tuple(
@@ -191,6 +197,11 @@ def calibrate(platform: Platform, measurements: Measurements, *, shares_cores: b
         )
         platform = _with_links(replace(platform, links=links), measurements.exchanges, fits)
     return Calibration(platform=platform, fits=fits)
+
+
+def _median_rate(samples: Sequence[BytesSample | ElementwiseSample], scale: float) -> float:
+    """Bytes per second, if the seconds of one device alone are `scale` of those measured."""
+    return _rounded(float(np.median([s.num_bytes / (s.seconds * scale) for s in samples])))
 
 
 def concurrent_devices(measurements: Measurements) -> float:

@@ -295,10 +295,7 @@ class _Pricing:
         weights = self._by_kind(products, self._weight_gradient)
         inputs["attention"] = self._attention(backward=True)
         inputs["streams"] = sum(
-            self.device.activation_gradient_seconds(s.backward_bytes)
-            if s.is_activation
-            else self._stream(s.backward_bytes, s.launches)
-            for s in self.work.streams
+            self._stream(s.backward_bytes, s.launches, s.backward_kind) for s in self.work.streams
         )
         if self.dtype != self.base:
             inputs["streams"] += sum(
@@ -345,7 +342,7 @@ class _Pricing:
         seconds = self._by_kind(products, self._product)
         seconds["attention"] = attention * self._attention()
         seconds["streams"] = sum(
-            self._stream(s.forward_bytes, s.launches) for s in self.work.streams if streams(s)
+            self._stream(s.forward_bytes, s.launches, s.kind) for s in self.work.streams if streams(s)
         )
         if self.dtype != self.base:
             seconds["streams"] += sum(
@@ -397,6 +394,6 @@ class _Pricing:
             backward=backward,
         )
 
-    def _stream(self, num_bytes: float, launches: int) -> float:
+    def _stream(self, num_bytes: float, launches: int, kind: str = "memory") -> float:
         extra = (launches - 1) * self.device.launch_seconds
-        return self.device.stream_seconds(num_bytes) + extra
+        return self.device.elementwise_seconds(kind, num_bytes) + extra

@@ -16,7 +16,8 @@ def step_end_seconds(
     """Seconds once per step: exchange of gradients and parameters, and the optimizer, on the rank with most of them.
 
     Gradients are reduce-scattered in float32, the optimizer works on a device's share (ZeRO-1), and parameters are
-    gathered in the compute dtype: of experts along data, of everything else along data and expert.
+    gathered in the compute dtype: of experts along data, of everything else along data and expert. What devices that
+    share cores copy for it counts as the optimizer's.
     """
     device = platform.device
     batch, data = axis_group(plan, "batch"), axis_group(plan, "data")
@@ -29,7 +30,10 @@ def step_end_seconds(
         # Read: gradient, master, two moments; written: the last three. Before it accumulators are zeroed, and the
         # compute copy is cast.
         num_bytes = 7 * FLOAT32_BYTES * share + (FLOAT32_BYTES + itemsize_of(dtype)) * (own + shared)
-        optimizer = max(optimizer, device.stream_seconds(num_bytes))
+        seconds = device.stream_seconds(num_bytes) + _layout_seconds(
+            platform, dtype, (batch, own), (data, shared)
+        )
+        optimizer = max(optimizer, seconds)
     return exchange, optimizer
 
 
@@ -56,6 +60,19 @@ def _parameters_by_rank(
         experts = sum(layer.experts for layer in layers)
         held.add((outer + sum(layer.total for layer in layers) - experts, experts))
     return tuple(sorted(held))
+
+
+def _layout_seconds(platform: Platform, dtype: str, *exchanged: tuple[Group, float]) -> float:
+    """Seconds of the copies around exchanges of so many parameters in a group, on simulated devices.
+
+    XLA's CPU collectives want the dimension that is split outermost, and parameters are split along a wide one: whole
+    gradients and a share of them are brought into another layout, and a share and all of the parameters.
+    """
+    if platform.device.concurrent_devices is None:
+        return 0.0
+    copied = sum(parameters * (1 + 1 / group.size) for group, parameters in exchanged if group.size > 1)
+    num_bytes = 2 * (FLOAT32_BYTES + itemsize_of(dtype)) * copied  # read and written
+    return platform.device.elementwise_seconds("layout", num_bytes)
 
 
 def _reduced(platform: Platform, group: Group, parameters: float, dtype: str) -> float:

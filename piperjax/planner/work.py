@@ -50,7 +50,7 @@ class Stream(NamedTuple):
       forward_bytes, backward_bytes: read and written in all.
       launches: kernels of one direction.
       is_sent: prepares or takes apart rows that travel to experts and back, repeated only if the exchange is.
-      is_activation: the activation of a feed-forward layer, whose gradient is more than memory traffic on CPUs.
+      kind: in `meshes.device.ELEMENTWISE`, where its rates differ from those of memory.
     """
 
     name: str
@@ -58,7 +58,12 @@ class Stream(NamedTuple):
     backward_bytes: float
     launches: int = 1
     is_sent: bool = False
-    is_activation: bool = False
+    kind: str = "memory"
+
+    @property
+    def backward_kind(self) -> str:
+        """The kind of its gradient."""
+        return f"{self.kind}_gradient"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +114,7 @@ def layer_work(
     norms = (
         (5 if isinstance(ffn, MoEFFN) and ffn.dense_residual_d_ff else 4) * 2 * d_model * tokens * itemsize
     )
-    streams = [Stream("norms and residuals", norms, norms, launches=4), *streams]
+    streams = [Stream("norms and residuals", norms, norms, launches=4, kind="norm"), *streams]
     if isinstance(ffn, DenseFFN):
         products = _ffn("dense", d_model, ffn.d_ff, ffn.num_matrices, rows=tokens * tensor, tensor=tensor)
         streams.append(_activation("dense", ffn.d_ff, ffn.num_matrices, tokens, itemsize))
@@ -145,9 +150,9 @@ def _attention(
         K = attention.num_kv_heads
         products = [Product("query, key, value", T * t, (N + 2 * K) * query_width / t, d_model), output]
         turned = 2 * T * (N + K) * query_width * itemsize
-        streams = [Stream("rotary", turned, turned, launches=2)]
+        streams = [Stream("rotary", turned, turned, launches=2, kind="rotary")]
         if attention.qk_norm != "none":
-            streams.append(Stream("query and key norms", turned, 1.5 * turned, launches=2))
+            streams.append(Stream("query and key norms", turned, 1.5 * turned, launches=2, kind="norm"))
         return products, streams
     up = N * (attention.nope_dim + value_width) / t
     products = [
@@ -163,8 +168,8 @@ def _attention(
     turned = 4 * T * N * query_width * itemsize
     latents = 2 * T * (rank + attention.kv_rank) * itemsize
     streams = [
-        Stream("rotary", turned, turned, launches=3),
-        Stream("latent norms", latents, 1.5 * latents, launches=2),
+        Stream("rotary", turned, turned, launches=3, kind="rotary"),
+        Stream("latent norms", latents, 1.5 * latents, launches=2, kind="norm"),
     ]
     return products, streams
 
@@ -178,19 +183,20 @@ def _experts(
     scores = tokens * E * FLOAT32_BYTES
     sent = tokens * k * d_model * itemsize
     buffer_rows = rows if buffer is None else buffer.experts
+    rows_moved = dict(launches=2, is_sent=True, kind="rows")
     streams = [
         Stream("router", 4 * scores, 3 * scores, launches=6),
-        Stream("spread rows", sent + buffer_rows * d_model * itemsize, 2 * sent, launches=2, is_sent=True),
-        Stream("combine rows", sent + tokens * d_model * itemsize, 2 * sent, launches=2, is_sent=True),
+        Stream("spread rows", sent + buffer_rows * d_model * itemsize, 2 * sent, **rows_moved),
+        Stream("combine rows", sent + tokens * d_model * itemsize, 2 * sent, **rows_moved),
         _activation("experts", ffn.d_ff, ffn.num_matrices, buffer_rows, itemsize),
     ]
     row_bytes = d_model * itemsize
     if buffer is not None and buffer.of_node:
         summed = 2 * (buffer.arrived + buffer.of_node) * row_bytes
-        streams.append(Stream("sums of devices and nodes", summed, summed, launches=4))
+        streams.append(Stream("sums of devices and nodes", summed, summed, launches=4, kind="rows"))
     elif expert > 1:
         moved = 4 * buffer_rows * row_bytes
-        streams.append(Stream("group rows by expert", moved, moved, launches=4))
+        streams.append(Stream("group rows by expert", moved, moved, launches=4, kind="rows"))
     products = [
         Product("router", tokens, E, d_model, is_wide=True),
         *_ffn("experts", d_model, ffn.d_ff, ffn.num_matrices, rows=rows / groups, groups=groups),
@@ -212,4 +218,4 @@ def _ffn(
 def _activation(name: str, d_ff: int, num_matrices: int, rows: float, itemsize: int) -> Stream:
     """Reads what the up product wrote and writes its input to the down product; backward all of it and gradients."""
     num_bytes = rows * num_matrices * d_ff * itemsize
-    return Stream(f"{name} activation", num_bytes, 2 * num_bytes, is_activation=True)
+    return Stream(f"{name} activation", num_bytes, 2 * num_bytes, kind="activation")

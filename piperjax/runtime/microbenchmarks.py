@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 
 from models.attention import causal_attention
-from models.layers import activate
-from piperjax.planner.calibration import AttentionSample, BytesSample, ProductSample
+from piperjax.planner.calibration import AttentionSample, BytesSample, ElementwiseSample, ProductSample
+from piperjax.runtime.elementwise_benchmarks import BODIES, elementwise_operands
 from piperjax.runtime.grouped_matmul import grouped_matmul
 from piperjax.runtime.stopwatch import Body, Stopwatch, line_of, looped, operand
 
@@ -67,7 +67,7 @@ class Shapes:
       working_bytes: of all arrays between which it alternates, on one device; more than caches hold.
       copy_bytes: of the arrays that are copied to a device and back.
       fresh_bytes: of the arrays for which a program takes memory.
-      activation_bytes: of the operand of the gated activation whose gradient is taken.
+      elementwise_bytes: of one array of the kinds of elementwise work that have a rate of their own.
       dtypes: of products and attention; the first one gets all shapes, others every third.
     """
 
@@ -78,7 +78,7 @@ class Shapes:
     copy_bytes: tuple[int, ...]
     dtypes: tuple[str, ...]
     fresh_bytes: tuple[int, ...] = ()
-    activation_bytes: tuple[int, ...] = ()
+    elementwise_bytes: tuple[int, ...] = ()
 
 
 def shapes_for(backend: str, *, quick: bool) -> Shapes:
@@ -117,7 +117,7 @@ _CPU = Shapes(
     copy_bytes=(2**20, 2**23, 2**16, 2**26),
     dtypes=("float32", "bfloat16"),
     fresh_bytes=(2**26,),
-    activation_bytes=(2**19, 2**21, 2**24),
+    elementwise_bytes=(2**18, 2**21),
 )
 
 _GPU = Shapes(
@@ -170,12 +170,13 @@ def _tasks_of_bytes(shapes: Shapes, bench: "_Bench") -> Iterator[Task]:
         yield Task(
             "streams", f"elementwise, {size:,} bytes", lambda a=size: bench.stream(a, shapes.working_bytes)
         )
-    for size in shapes.activation_bytes:
-        yield Task(
-            "activations",
-            f"gradient of an activation, {size:,} bytes",
-            lambda a=size: bench.activation(a, shapes.working_bytes),
-        )
+    for kind in BODIES:
+        for size in shapes.elementwise_bytes:
+            yield Task(
+                "elementwise",
+                f"{kind.replace('_', ' ')}, {size:,} bytes",
+                lambda a=(kind, size): bench.elementwise(*a),
+            )
     for size in shapes.fresh_bytes:
         yield Task("fresh", f"memory taken, {size:,} bytes", lambda a=size: bench.fresh(a))
     for size in shapes.copy_bytes:
@@ -229,7 +230,7 @@ class _Bench:
             return causal_attention(query, key, value, segment_ids)
 
         def both(query, key, value, dy):
-            return sum(jnp.sum(part) for part in jax.vjp(forward, query, key, value)[1](dy))
+            return jax.vjp(forward, query, key, value)[1](dy)
 
         operands = [((B, S, N, H), dtype), ((B, S, K, H), dtype), ((B, S, K, H), dtype)]
         ahead = self._seconds(forward, operands, self.devices)
@@ -256,20 +257,15 @@ class _Bench:
         seconds = self._seconds(normalise, [(shape, "float32")], self.devices, sets=arrays)
         return [BytesSample(2.0 * 4 * rows * STREAM_WIDTH, seconds)]
 
-    def activation(self, num_bytes: int, working_bytes: int) -> list[BytesSample]:
-        """Gradient of a gated activation of [rows, 2 F], in arrays that take turns as those of `stream`.
+    def elementwise(self, kind: str, num_bytes: int) -> list[ElementwiseSample]:
+        """One of the kinds of work that have a rate of their own, on arrays as they are.
 
-        Counted are three arrays of F forward and three backward: what `planner.work` says of the gradient.
+        Taken from among many, as those of `stream`, they would be cut out by the kernel itself, which then computes
+        several times as slowly. Those of all devices are more than the caches of a core hold.
         """
-        rows = max(1, num_bytes // (8 * STREAM_WIDTH))
-        arrays = max(2, 2 * working_bytes // (3 * num_bytes))
-
-        def gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-            return jax.vjp(lambda x: activate(x, 3), x)[1](dy)[0]
-
-        shapes = (arrays, rows, 2 * STREAM_WIDTH), (arrays, rows, STREAM_WIDTH)
-        seconds = self._seconds(gradient, [(shape, "float32") for shape in shapes], self.devices, sets=arrays)
-        return [BytesSample(6.0 * 4 * rows * STREAM_WIDTH, seconds)]
+        body = BODIES[kind]
+        seconds = self._seconds(body.run, elementwise_operands(body, num_bytes), self.devices)
+        return [ElementwiseSample(kind, float(body.num_arrays * num_bytes), seconds)]
 
     def fresh(self, num_bytes: int) -> list[BytesSample]:
         """Writes a result for which every call takes memory, on all devices at once."""

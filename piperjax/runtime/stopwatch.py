@@ -17,7 +17,7 @@ from piperjax.runtime.varying import vary
 
 DEVICE = "device"
 MOST_ROUNDS = 32_768
-Body = Callable[..., jax.Array]
+Body = Callable[..., Any]
 Program = Callable[..., jax.Array]
 
 
@@ -83,9 +83,10 @@ def line_of(devices: Sequence[jax.Device]) -> Mesh:
 def looped(body: Body, mesh: Mesh, *, sets: int | None = None) -> Program:
     """Returns the program that runs `body` again and again on every device of a mesh.
 
-    `body` is per device: it takes the operands and returns an array. Every round waits for the one before: an element
-    of its result is added, times nothing, to the first operand. The program takes the number of rounds and operands
-    [devices, ...] as `operand` makes them.
+    `body` is per device: it takes the operands and returns arrays. A compiler leaves out what nobody reads, and may
+    compute twice, or copy, what a round reads of the one before: results are carried on whole, and read after the last
+    round only. What a round works on depends on its number, so that nothing is computed once for all of them. The
+    program takes the number of rounds and operands [devices, ...] as `operand` makes them.
 
     Args:
       body: what is timed.
@@ -98,20 +99,22 @@ def looped(body: Body, mesh: Mesh, *, sets: int | None = None) -> Program:
     def per_device(rounds: jax.Array, *operands: jax.Array) -> jax.Array:
         own = tuple(operand[(0,) * len(axes)] for operand in operands)
 
-        def again(_, first):
-            return _touch(first, lax.optimization_barrier(body(first, *own[1:])), axes)
+        def again(number, carry):
+            first = _touch(carry[0], number)
+            return first, vary(body(first, *own[1:]), axes)
 
-        def again_in_turns(number, wait):
-            # `wait` is 0, which is known when the round before is done. The operands are not carried, so not copied.
-            turn = ((number + wait) % sets).astype(jnp.int32)
-            picked = (lax.dynamic_index_in_dim(stack, turn, keepdims=False) for stack in own)
-            return _touch(wait, lax.optimization_barrier(body(*picked)), axes)
+        def again_in_turns(number, carry):
+            # The operands are not carried, so not copied.
+            picked = (lax.dynamic_index_in_dim(stack, number % sets, keepdims=False) for stack in own)
+            return carry[0], vary(body(*picked), axes)
 
-        if sets is None:
-            last = lax.fori_loop(jnp.int32(0), rounds, again, own[0])
-        else:
-            last = lax.fori_loop(jnp.int32(0), rounds, again_in_turns, vary(jnp.zeros((), jnp.int32), axes))
-        return jnp.reshape(jnp.ravel(last)[0], (1,) * len(axes))
+        shapes = jax.eval_shape(body, *(own if sets is None else (stack[0] for stack in own)))
+        nothing = jax.tree.map(lambda result: vary(jnp.zeros(result.shape, result.dtype), axes), shapes)
+        first = own[0] if sets is None else vary(jnp.zeros((), jnp.int32), axes)
+        run = again if sets is None else again_in_turns
+        first, results = lax.fori_loop(jnp.int32(0), rounds, run, (first, nothing))
+        last = jnp.ravel(first)[0] + sum(0 * jnp.sum(result) for result in jax.tree.leaves(results))
+        return jnp.reshape(last, (1,) * len(axes))
 
     spec = P(*axes)
 
@@ -122,11 +125,11 @@ def looped(body: Body, mesh: Mesh, *, sets: int | None = None) -> Program:
     return jax.jit(program)
 
 
-def _touch(x: jax.Array, result: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """`x`, but not before `result` is there."""
-    element = vary((0 * jnp.ravel(result)[0]).astype(x.dtype), axes)
+def _touch(x: jax.Array, number: jax.Array) -> jax.Array:
+    """`x`, with an element to which a number is added, times nothing."""
     origin = (0,) * x.ndim
-    return lax.dynamic_update_slice(x, jnp.reshape(x[origin] + element, (1,) * x.ndim), origin)
+    nothing = (0 * number.astype(jnp.float32)).astype(x.dtype)
+    return lax.dynamic_update_slice(x, jnp.reshape(x[origin] + nothing, (1,) * x.ndim), origin)
 
 
 def operand(mesh: Mesh, shape: Sequence[int], dtype: str = "float32") -> jax.Array:

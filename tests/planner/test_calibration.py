@@ -12,6 +12,7 @@ from meshes.writing import platform_toml
 from piperjax.planner.calibration import (
     AttentionSample,
     BytesSample,
+    ElementwiseSample,
     ExchangeSample,
     Measurements,
     ProductSample,
@@ -109,7 +110,11 @@ def measurements(disturb=lambda seconds: seconds):
         streams=tuple(streams),
         exchanges=tuple(exchange_samples(disturb)),
         copies=(BytesSample(1e6, 1e-3), BytesSample(1e7, 1e-2)),
-        activations=tuple(BytesSample(1e6, together * 1e6 / rate) for rate in (3e9, 4e9, 9e9)),
+        elementwise=tuple(
+            ElementwiseSample(kind, 1e6, together * 1e6 / (factor * rate))
+            for kind, rate in (("activation_gradient", 4e9), ("rows", 2e10))
+            for factor in (0.7, 1.0, 2.0)
+        ),
     )
 
 
@@ -120,7 +125,7 @@ def test_rates_come_back():
     assert device.launch_seconds == pytest.approx(1e-6)
     assert device.call_seconds == 3e-4
     assert device.host_bytes_per_second == 1e9
-    assert device.activation_gradient_bytes_per_second == pytest.approx(4e9)
+    assert device.elementwise_bytes_per_second == pytest.approx({"activation_gradient": 4e9, "rows": 2e10})
     assert device.memory_bytes_per_second == pytest.approx(2e10, rel=0.01)
     for (m, n, k), grouped in itertools.product(((32, 100, 200), (400, 300, 64)), (False, True)):
         for dtype, weight_gradient in itertools.product(("float32", "bfloat16"), (False, True)):

@@ -1,5 +1,7 @@
 """Tests of piperjax/planner/step_end.py: who reduces what with whom."""
 
+from dataclasses import replace
+
 import pytest
 
 from meshes.platform import load_platform
@@ -47,3 +49,17 @@ def test_the_rank_with_most_parameters_counts():
     uneven = default_plan(model, FRONTIER, 64, pipe=8, expert=8, batch_size=1024, seq_len=4096)
     object.__setattr__(uneven, "layers_per_stage", (11, 3, 3, 3, 3, 3, 3, 3))
     assert step_end_seconds(model, uneven, FRONTIER)[1] > 2 * step_end_seconds(model, even, FRONTIER)[1]
+
+
+def test_devices_that_share_cores_bring_what_they_exchange_into_another_layout():
+    """Gradients in 32 bits whole and an eighth of them, parameters the same in 16 bits; read and written."""
+    model, plan = plan_for(devices=8, pipe=1, expert=1, batch_size=64)
+
+    def optimizer_seconds(**changes):
+        device = replace(FRONTIER.device, elementwise_bytes_per_second={"layout": 1e9}, **changes)
+        return step_end_seconds(model, plan, replace(FRONTIER, device=device))[1]
+
+    counted = cost.parameters(model)
+    copied = 2 * (4 + 2) * (1 + 1 / 8) * (counted.total - counted.final_norm)
+    more = optimizer_seconds(concurrent_devices=1.0) - optimizer_seconds()
+    assert more == pytest.approx(copied / 1e9, rel=1e-3)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from meshes.device import ELEMENTWISE
 from piperjax.runtime import microbenchmarks
 from piperjax.runtime.microbenchmarks import Heads, Layer, Shapes, compute_tasks, shapes_for
 from piperjax.runtime.stopwatch import Stopwatch
@@ -18,7 +19,7 @@ SHAPES = Shapes(
     copy_bytes=(2**10,),
     dtypes=("float32", "bfloat16"),
     fresh_bytes=(2**12,),
-    activation_bytes=(2**12,),
+    elementwise_bytes=(2**12,),
 )
 
 
@@ -63,7 +64,7 @@ def test_every_task_gives_its_samples():
         "attention",
         "alone",
         "streams",
-        "activations",
+        "elementwise",
         "fresh",
         "copies",
     }
@@ -79,9 +80,11 @@ def test_every_task_gives_its_samples():
     # The causal half of scores and their product with the values: 2 S S N H.
     assert {s.flop for s in fields["attention"]} == {2 * 16 * 16 * 4 * 8}
     assert [s.num_bytes for s in fields["streams"] + fields["copies"]] == [2**11, 2**10]
-    # Two rows of 512 features make an operand of 4096 bytes; with F = 256, six arrays of F are read and written.
-    assert [s.num_bytes for s in fields["activations"]] == [6 * 4 * 2 * 256]
-    samples = fields["activations"] + products + fields["attention"] + fields["streams"] + fields["copies"]
+    counted = {s.kind: s.num_bytes / 2**12 for s in fields["elementwise"]}
+    assert set(counted) == set(ELEMENTWISE)
+    # A gated activation reads two arrays and writes one; six are counted for its gradient, as in `planner.work`.
+    assert (counted["activation"], counted["activation_gradient"], counted["norm"]) == (3, 6, 4)
+    samples = fields["elementwise"] + products + fields["attention"] + fields["streams"] + fields["copies"]
     assert all(0 < sample.seconds < 5 for sample in samples)
     assert all(min(pair) > 0 for pair in fields["alone"])
 

@@ -1,5 +1,7 @@
 """Times of operations in a loop: they grow with the work, the loop runs what it should, and all agree on its length."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +87,16 @@ def test_rounds_take_turns_between_sets_of_operands():
     jax.block_until_ready(looped(body, mesh, sets=3)(np.int32(5), x, y))
     jax.effects_barrier()
     assert sorted(seen) == sorted(2 * [(turn, 10.0 + turn) for turn in (0.0, 1.0, 2.0, 0.0, 1.0)])
+
+
+@pytest.mark.parametrize("sets", [None, 2])
+def test_nothing_is_left_out_because_nobody_reads_it(sets):
+    """The whole result is computed in every round, not only the element for which the next one waits."""
+    mesh = line_of(jax.devices()[:1])
+    x = operand(mesh, (3, 5) if sets is None else (sets, 3, 5))
+    program = looped(lambda x: (jnp.exp(x), x + 1), mesh, sets=sets)
+    text = program.lower(np.int32(2), x).compile().as_text()
+    assert re.findall(r"= f32\[(?:1,)?([\d,]*)\]\S* exponential\(", text) == ["3,5"]
 
 
 def test_operands_are_small_and_of_both_signs():
