@@ -43,6 +43,7 @@ def cases() -> Iterator[Case]:
     yield from _families()
     yield from _meshes()
     yield from _dispatchers()
+    yield from _gradients()
 
 
 def _families() -> Iterator[Case]:
@@ -105,6 +106,19 @@ def _dispatchers() -> Iterator[Case]:
     for memory_mode in ("layer", "products", "stash"):
         yield case(deepseek, (1, 1, 8), dispatch="halo3_dedup", memory_mode=memory_mode, **eight)
     yield case(deepseek, (1, 1, 8), dispatch="halo3_dedup", capacity_factor=1.25, dtype="float32", **eight)
+
+
+def _gradients() -> Iterator[Case]:
+    """Gradients added up in 16 bits: alone, with copies of parameters, in stages of one layer, in two parts."""
+    mixtral, narrow = scaled("mixtral_8x7b"), dict(gradient_dtype="bfloat16")
+    yield case(mixtral, (1, 1, 1), **narrow)
+    yield case(mixtral, (1, 1, 1), **narrow, dtype="float32")
+    yield case(mixtral, (2, 2, 2), **narrow)
+    yield case(mixtral, (2, 2, 2), **narrow, dtype="float32")
+    yield case(scaled("mixtral_8x7b", num_layers=8), (4, 1, 2), **narrow, schedule="zb_v")
+    yield case(scaled("deepseek_moe_16b", num_experts=16), (2, 1, 4), **narrow, schedule="zb_h1")
+    yield case(mixtral, (2, 1, 2), **narrow, vocabulary="whole")
+    yield case(scaled("xmoe_small"), (2, 1, 2), **narrow, overlap=True, dispatch_chunks=2)
 
 
 def compiled_bytes(one: Case) -> int:

@@ -30,6 +30,7 @@ class Case:
             plan.vocabulary,
             "overlap" if plan.overlap else "",
             _capacity(plan),
+            plan.gradient_dtype,
             str(Way(plan.dispatch, plan.dispatch_chunks)),
             f"{plan.num_microbatches}x{plan.microbatch_size // (plan.data * plan.expert)}x{plan.seq_len}",
             self.dtype,
@@ -46,7 +47,7 @@ COLUMNS = (
         "vocabulary",
         "overlap",
     ),
-    *("capacity", "dispatch", "microbatches x sequences x length", "dtype"),
+    *("capacity", "gradients", "dispatch", "microbatches x sequences x length", "dtype"),
 )
 
 

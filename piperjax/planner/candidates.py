@@ -10,7 +10,7 @@ from meshes.axes import divisors
 from meshes.platform import Platform
 from models.config import ModelConfig
 from piperjax.planner.dispatchers import SEARCHED_DISPATCH_CHUNKS, Way, check_overflow, named, ways
-from piperjax.planner.plan import MEMORY_MODES, VOCABULARY
+from piperjax.planner.plan import GRADIENT_DTYPES, MEMORY_MODES, VOCABULARY
 from piperjax.planner.timing import Conditions
 from piperjax.schedules import registry
 
@@ -35,6 +35,7 @@ WISHES = (
     "overflow",
     "vocabulary",
     "overlap",
+    "gradient_dtype",
 )
 AXES = ("pipe", "data", "expert")
 
@@ -84,7 +85,11 @@ class Question:
         return Conditions(dtype=self.dtype, imbalance=self.imbalance)
 
     def _check_choices(self):
-        choices = {"memory_mode": MEMORY_MODES, "vocabulary": VOCABULARY}
+        choices = {
+            "memory_mode": MEMORY_MODES,
+            "vocabulary": VOCABULARY,
+            "gradient_dtype": GRADIENT_DTYPES,
+        }
         for name, allowed in choices.items():
             if name in self.wished and self.wished[name] not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {self.wished[name]!r}")

@@ -156,6 +156,7 @@ def _simplest_plan(question: Question, mesh: Mesh, num_microbatches: int, vocabu
         batch_size=question.batch_size,
         seq_len=question.seq_len,
         vocabulary=vocabulary,
+        gradient_dtype=question.wished.get("gradient_dtype", "float32"),
     )
 
 
@@ -168,13 +169,19 @@ def _layers(
         question.platform,
         share,
         expert_factors,
-        (memory_modes(question), candidates, question.imbalance, memory_backend(question)),
+        (
+            memory_modes(question),
+            candidates,
+            question.imbalance,
+            memory_backend(question),
+            question.wished.get("gradient_dtype", "float32"),
+        ),
     )
 
 
 @lru_cache(maxsize=8192)
 def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple):
-    modes, candidates, imbalance, backend = choices
+    modes, candidates, imbalance, backend, gradient_dtype = choices
     kinds = kinds_of(model)
 
     def price(layer: LayerConfig, mode: str, way: Way) -> LayerSeconds:
@@ -192,6 +199,7 @@ def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple
             imbalance=imbalance,
             capacity_factor=share.capacity_factor,
             overflow=share.overflow,
+            gradient_dtype=gradient_dtype,
         )
 
     chosen, moe = candidates[:1], next((pair for pair in kinds if isinstance(pair[1].ffn, MoEFFN)), None)

@@ -9,6 +9,7 @@ import numpy as np
 from piperjax.planner.candidates import AXES, Question, memory_modes, vocabularies
 from piperjax.planner.cells import ways_on
 from piperjax.planner.dispatchers import Way
+from piperjax.planner.plan import GRADIENT_DTYPES
 from piperjax.planner.scoring import Scores, capacity_bytes
 from piperjax.planner.search import Candidate, SearchResult, answer, priced_as_it_is
 
@@ -103,7 +104,7 @@ def _compared(best: Candidate, candidate: Candidate, parts: tuple[tuple[str, flo
 
 
 def variations(result: SearchResult) -> tuple[Variation, ...]:
-    """The best plan with its schedule, microbatches, memory mode, vocabulary or dispatch changed, one at a time."""
+    """The best plan with one choice made otherwise, from its schedule to the dtype of its gradients."""
     scores, question = result.scores, result.question
     best = scores.row_of(result.best.plan)
     columns = {
@@ -129,8 +130,9 @@ def variations(result: SearchResult) -> tuple[Variation, ...]:
             )
             for row in np.flatnonzero(others & ~same[choice])
         ]
-    choices = [*columns, "dispatch"]
-    return tuple(sorted(found + _dispatched(result), key=lambda one: (choices.index(one.choice), one.slower)))
+    choices = [*columns, "dispatch", "gradients"]
+    found += _dispatched(result) + _accumulated(result)
+    return tuple(sorted(found, key=lambda one: (choices.index(one.choice), one.slower)))
 
 
 def _best_of_each(scores: Scores, rows: np.ndarray) -> np.ndarray:
@@ -147,21 +149,32 @@ def _dispatched(result: SearchResult) -> list[Variation]:
     """The best plan with other dispatchers and numbers of chunks, each priced in full: a search keeps two of them."""
     question, best = result.question, result.best
     own = Way(best.plan.dispatch, best.plan.dispatch_chunks)
-    found = []
-    for way in ways_on(question, best.mesh, best.plan.tokens_per_device):
-        if way != own:
-            plan = replace(best.plan, dispatch=way.dispatch, dispatch_chunks=way.chunks)
-            one = priced_as_it_is(question, plan)
-            found.append(
-                Variation(
-                    choice="dispatch",
-                    value=str(way),
-                    slower=one.time.step_seconds / best.time.step_seconds - 1,
-                    num_bytes=one.peak_bytes,
-                    fits=one.peak_bytes <= capacity_bytes(question),
-                )
-            )
-    return found
+    return [
+        _priced(result, "dispatch", str(way), dispatch=way.dispatch, dispatch_chunks=way.chunks)
+        for way in ways_on(question, best.mesh, best.plan.tokens_per_device)
+        if way != own
+    ]
+
+
+def _accumulated(result: SearchResult) -> list[Variation]:
+    """The best plan with gradients added up in another dtype."""
+    own = result.best.plan.gradient_dtype
+    return [
+        _priced(result, "gradients", dtype, gradient_dtype=dtype) for dtype in GRADIENT_DTYPES if dtype != own
+    ]
+
+
+def _priced(result: SearchResult, choice: str, value: str, **changes: Any) -> Variation:
+    """The best plan with fields changed, priced in full."""
+    question, best = result.question, result.best
+    one = priced_as_it_is(question, replace(best.plan, **changes))
+    return Variation(
+        choice=choice,
+        value=value,
+        slower=one.time.step_seconds / best.time.step_seconds - 1,
+        num_bytes=one.peak_bytes,
+        fits=one.peak_bytes <= capacity_bytes(question),
+    )
 
 
 def _value(scores: Scores, question: Question, choice: str, row: int) -> str:

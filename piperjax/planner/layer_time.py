@@ -23,7 +23,7 @@ from piperjax.planner.network import (
     dispatch_transfer,
 )
 from piperjax.planner.row_blocks import wasted_rows
-from piperjax.planner.work import FLOAT32_BYTES, LayerWork, Product, layer_work
+from piperjax.planner.work import FLOAT32_BYTES, GRADIENT_BYTES, LayerWork, Product, layer_work
 
 # Part of an exchange that is hidden where a program lets it run beside products. The program makes it possible
 # (benchmarks/overlap.py); how much of it a GPU hides is not measured yet.
@@ -90,6 +90,7 @@ def price_layer(
     imbalance: float = 1.0,
     capacity_factor: float = 0.0,
     overflow: str = "drop",
+    gradient_dtype: str = "float32",
     tensor: int = 1,
 ) -> LayerSeconds:
     """Seconds of one layer on one device.
@@ -109,6 +110,7 @@ def price_layer(
       imbalance: rows of the busiest device over the mean.
       capacity_factor: rows per destination over the balanced number that there is room for; 0 for all.
       overflow: what becomes of others, as in a plan.
+      gradient_dtype: in which gradients are added up, as in a plan.
       tensor: devices that share heads and dense features, and each other's tokens.
 
     Raises:
@@ -149,7 +151,17 @@ def price_layer(
     wasted = 0.0
     if buffer is not None and device.concurrent_devices is not None:  # A CPU multiplies in blocks.
         wasted = wasted_rows(buffer.experts // dispatch_chunks, ffn.num_experts // expert)
-    pricing = _Pricing(device, work, dtype, base, seq_len, dispatch_chunks, sums, wasted)
+    pricing = _Pricing(
+        device,
+        work,
+        dtype,
+        base,
+        seq_len,
+        dispatch_chunks,
+        sums,
+        wasted,
+        gradient_bytes=GRADIENT_BYTES[gradient_dtype],
+    )
     held = Held()
     if share is not None:
         kept, taps = (count(d_model, layer, share, memory_mode) for count in (kept_bytes, tap_bytes))
@@ -261,7 +273,8 @@ class _Pricing:
     """The work of a layer on a device, for products in `dtype` and everything else in `base`.
 
     Experts work on `chunks` of the rows, one after the other, and results are summed before they return, or not. Beside
-    the rows of an expert in a chunk, `wasted` ones are multiplied that fill its last block.
+    the rows of an expert in a chunk, `wasted` ones are multiplied that fill its last block. Gradients are added up in
+    elements of `gradient_bytes`.
     """
 
     device: Device
@@ -272,6 +285,7 @@ class _Pricing:
     chunks: int = 1
     sums: bool = False
     wasted: float = 0.0
+    gradient_bytes: int = FLOAT32_BYTES
 
     @property
     def experts_forward(self) -> float:
@@ -303,8 +317,8 @@ class _Pricing:
                 for p in products
                 if not p.is_wide
             )
-        for p in products:  # Gradients are added up in float32.
-            weights["streams"] += self._stream(2 * FLOAT32_BYTES * p.weights, 0)
+        for p in products:  # Added to what other microbatches left.
+            weights["streams"] += self._stream(2 * self.gradient_bytes * p.weights, 0)
         inputs["streams"] += copies
         total = {kind: forward[kind] + again[kind] + inputs[kind] + weights[kind] for kind in forward}
         input_gradient = sum(again.values()) + sum(inputs.values())

@@ -91,7 +91,7 @@ class Layout:
       num_microbatches: of a step.
       share: what a device works on at a time.
       slots: buffers of the schedule, as a profile counts them.
-      memory_mode, vocabulary, overlap: as in a plan.
+      memory_mode, vocabulary, overlap, gradient_dtype: as in a plan.
       is_straight: every rank runs a forward and a backward in every tick, so that nothing is in a branch.
     """
 
@@ -105,6 +105,7 @@ class Layout:
     memory_mode: str = "layer"
     vocabulary: str = "split"
     overlap: bool = False
+    gradient_dtype: str = "float32"
     is_straight: bool = False
 
     @property
@@ -154,6 +155,7 @@ def layout_of(plan: Plan, dtype: str) -> Layout:
         memory_mode=plan.memory_mode,
         vocabulary=plan.vocabulary,
         overlap=plan.overlap,
+        gradient_dtype=plan.gradient_dtype,
         is_straight=plan.pipe == 1 and is_straight(plan.schedule, plan.num_microbatches, plan.num_chunks),
     )
 
@@ -179,6 +181,7 @@ def rank_memory(
         vocabulary=layout.vocabulary,
         dtype=share.dtype,
         master_dtype=master_dtype,
+        gradient_dtype=layout.gradient_dtype,
     )
     most = most_layers_of_kind(model, layout.layers_per_stage)
     kept = {kind: slots.stash * most[kind] for kind in most}
@@ -263,9 +266,11 @@ def _largest_phase(
             found.append(phase.beside(before_weights))
     largest = max(found, key=lambda phase: phase.total)
     largest = Phase(*(workspace.SLACK * part for part in largest))
+    # On CPUs the sum of squares is a kernel of its own, which reads float32, and so does what follows.
+    widened = stored.widened if compiler.widens else 0
     # After the last tick only accumulators last, and what they are reduced to comes beside them. What one device alone
     # has is not reduced.
-    end = Phase(workspace=lasting.gradients + 2 * stored.reduced - sum(lasting))
+    end = Phase(workspace=lasting.gradients + 2 * stored.reduced + widened - sum(lasting))
     return max(largest, end, key=lambda phase: phase.total)
 
 

@@ -15,6 +15,8 @@ from piperjax.schedules.schedule import Schedule
 from piperjax.schedules.ticks import TickTable, pack
 
 VOCABULARY = ("split", "whole")
+# In which gradients of large parameters are added up; "float32" is whatever parameters have that is wider.
+GRADIENT_DTYPES = ("float32", "bfloat16")
 MEMORY_MODES = ("stage", "layer", "named", "products", "stash")
 # Their backwards run most of a forward again; where there is a choice of tick tables it is made for such times.
 RECOMPUTING_MODES = ("stage", "layer", "named")
@@ -47,6 +49,8 @@ class Plan:
         stage. Split stores 1 / pipe of them and makes no stage slower, for four exchanges of activations.
       overlap: run the forward and the backward of a tick in one loop, so that the compiler can hide the all-to-all of
         one behind the products of the other; costs one tick.
+      gradient_dtype: in which gradients are added up over microbatches and devices. In "bfloat16", half the memory, of
+        every sum 8 bits remain; norms, biases, routers and the embedding keep "float32".
     """
 
     pipe: int
@@ -66,6 +70,7 @@ class Plan:
     num_chunks: int = 0
     overlap: bool = False
     vocabulary: str = "split"
+    gradient_dtype: str = "float32"
 
     def __post_init__(self):
         for name in ("pipe", "data", "expert", "num_microbatches", "batch_size", "seq_len"):
@@ -84,6 +89,10 @@ class Plan:
             )
         if self.vocabulary not in VOCABULARY:
             raise ValueError(f"vocabulary must be one of {', '.join(VOCABULARY)}, got {self.vocabulary!r}")
+        if self.gradient_dtype not in GRADIENT_DTYPES:
+            raise ValueError(
+                f"gradient_dtype must be one of {', '.join(GRADIENT_DTYPES)}, got {self.gradient_dtype!r}"
+            )
         check_overflow(self.overflow, self.capacity_factor)
         self._check_batch()
         check_chunks(self.dispatch, self.dispatch_chunks, self.tokens_per_device)
@@ -215,6 +224,7 @@ def default_plan(
     num_chunks: int = 0,
     overlap: bool = False,
     vocabulary: str = "split",
+    gradient_dtype: str = "float32",
 ) -> Plan:
     """Completes a plan by a simple rule; sizes that are given (not None) are kept.
 
@@ -272,6 +282,7 @@ def default_plan(
         num_chunks=num_chunks,
         overlap=overlap,
         vocabulary=vocabulary,
+        gradient_dtype=gradient_dtype,
     )
 
 

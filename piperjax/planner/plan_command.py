@@ -12,6 +12,7 @@ from piperjax.planner.candidates import WISHES, Question
 from piperjax.planner.dispatchers import OVERFLOW
 from piperjax.planner.explain import explain, variations
 from piperjax.planner.network import DISPATCHERS
+from piperjax.planner.plan import GRADIENT_DTYPES
 from piperjax.planner.remedies import USUAL_CAPACITY_FACTOR
 from piperjax.planner.report_page import html_page
 from piperjax.planner.search import KEPT, SearchResult, answer
@@ -35,6 +36,7 @@ FLAGS = {
     "dispatch_chunks": "dispatch_chunks",
     "capacity_factor": "capacity_factor",
     "overflow": "overflow",
+    "gradient_dtype": "gradient_dtype",
 }
 
 
@@ -87,6 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overflow",
         choices=OVERFLOW,
         help="whether rows beyond the capacity factor are dropped or travel in later passes",
+    )
+    wishes.add_argument(
+        "--gradient-dtype",
+        choices=GRADIENT_DTYPES,
+        help="in which gradients are added up (default float32, or bfloat16 if nothing fits otherwise)",
     )
     wishes.add_argument("--dispatch", metavar="NAME", help=f"dispatcher of rows: {', '.join(DISPATCHERS)}")
     wishes.add_argument(
@@ -205,7 +212,7 @@ def parsed_sizes(text: str) -> Mapping[str, Any]:
                 f"--explain takes fields of a plan such as pipe=8,expert=32, got {text!r}; "
                 f"fields are {', '.join(WISHES)}"
             )
-        if name in ("schedule", "memory_mode", "dispatch", "vocabulary", "overflow"):
+        if name in ("schedule", "memory_mode", "dispatch", "vocabulary", "overflow", "gradient_dtype"):
             fields[name] = value
         elif name == "capacity_factor":
             fields[name] = _number(float, name, value)
@@ -239,7 +246,7 @@ def _text(args: argparse.Namespace, result: SearchResult, explanations: list) ->
         "One choice of plan 1 made otherwise\n" + report.choices(variations(result)),
         *(f"Why not {report.explained(one)}" for one in explanations),
         report.rejected(result),
-        "\n".join(f"Note: {note}" for note in report.notes(result, asked=asked_question(args))),
+        "\n".join(f"Note: {note}" for note in report.notes(result)),
     ]
     return "\n\n".join(sections)
 

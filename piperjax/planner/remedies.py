@@ -1,9 +1,10 @@
 """Remedies: what to say when nothing fits, and the nearest that does."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from math import inf
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ GIB = 2**30
 # A usual factor of buffers that are too small for some routings: rows that find no room travel later.
 USUAL_CAPACITY_FACTOR = 1.25
 SMALLER_BUFFERS = {"capacity_factor": USUAL_CAPACITY_FACTOR, "overflow": "passes"}
+NARROW_GRADIENTS = {"gradient_dtype": "bfloat16"}
 MOST_DOUBLINGS = 7
 WORDS = {
     "compute_copy": "compute copy",
@@ -27,6 +29,17 @@ WORDS = {
     "dispatch": "dispatch buffers",
     "batch": "tokens of the step",
 }
+
+
+def concessions(wished: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """What is given up where nothing fits, that which costs least first; nothing that is wished for otherwise.
+
+    Rows that travel later are lost no less than others. Sums of gradients in 16 bits are less exact, and so come after.
+    """
+    buffers = {} if "capacity_factor" in wished else SMALLER_BUFFERS
+    gradients = {} if "gradient_dtype" in wished else NARROW_GRADIENTS
+    found = (buffers, gradients, buffers | gradients)
+    return tuple(one for number, one in enumerate(found) if one and one not in found[:number])
 
 
 def check_room(question: Question, scores: Scores, *, advise: bool = True) -> None:
@@ -83,45 +96,49 @@ def nearest_that_fits(question: Question) -> str:
         if mesh is not None:
             return f"{words.format(mesh=mesh)} fits"
     reach = question.platform.links[-1].devices if question.platform.links else question.num_devices
-    limit = _limit(question.wished)
+    given = _given_up(question.wished)
     for doubling in range(1, MOST_DOUBLINGS + 1):
         devices = question.num_devices * 2**doubling
         if devices > reach:
             break
         more = replace(question, num_devices=devices, batch_size=question.batch_size * 2**doubling, wished={})
-        for changed, words in (
-            (more, ""),
-            (replace(more, wished=limit), f" with {_flags(limit)}"),
-        ):
-            mesh = _leanest_mesh(changed, near=question)
+        for wished in ({}, *given):
+            mesh = _leanest_mesh(replace(more, wished=wished), near=question)
             if mesh is not None:
+                words = f" with {_flags(wished)}" if wished else ""
                 return f"{devices} devices{words} are enough ({mesh})"
     return "use a smaller model, shorter sequences or devices with more memory"
 
 
 def _relaxed(question: Question) -> Iterator[tuple[Question, str]]:
-    """Questions with less wished for, or with smaller buffers for dispatch, and words for each."""
+    """Questions with less wished for, or with something given up, and words for each."""
     axes = {name: value for name, value in question.wished.items() if name in AXES}
     others = _without_axes(question)
-    dropped = ", ".join(f"{name}={value}" for name, value in others.items() if name not in SMALLER_BUFFERS)
-    limit = _limit(others)
-    words = f"with {_flags(limit)}, {{mesh}}"
+    conceded = SMALLER_BUFFERS | NARROW_GRADIENTS
+    dropped = ", ".join(f"{name}={value}" for name, value in others.items() if name not in conceded)
+    given = _given_up(others)
     if dropped:
         yield replace(question, wished=axes), f"without {dropped}, {{mesh}}"
     if axes:
         yield replace(question, wished=others), "{mesh}"
-    if not others.get("capacity_factor"):
-        yield replace(question, wished=dict(question.wished) | limit), words
-        if axes:
-            yield replace(question, wished=others | limit), words
-    if dropped and axes:
-        yield replace(question, wished=limit), f"without {dropped}, {words}"
+    for change in given:
+        words = f"with {_flags(change)}, {{mesh}}"
+        if change.items() - others.items():
+            yield replace(question, wished=dict(question.wished) | change), words
+            if axes:
+                yield replace(question, wished=others | change), words
+        if dropped and axes:
+            yield replace(question, wished=change), f"without {dropped}, {words}"
 
 
-def _limit(wished: dict) -> dict:
-    """The capacity that is wished for, or a usual one."""
-    names = SMALLER_BUFFERS if wished.get("capacity_factor") else ()
-    return {name: wished[name] for name in names if name in wished} or dict(SMALLER_BUFFERS)
+def _given_up(wished: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """What may be given up, with what is given up already; a wish for float32, or for no capacity limit, is as well."""
+    kept = {}
+    if wished.get("capacity_factor"):
+        kept |= {name: wished[name] for name in SMALLER_BUFFERS if name in wished}
+    if wished.get("gradient_dtype", "float32") != "float32":
+        kept["gradient_dtype"] = wished["gradient_dtype"]
+    return tuple(kept | one for one in concessions(kept)) or (kept,)
 
 
 def _flags(limit: dict) -> str:
@@ -147,6 +164,7 @@ def least_bytes(question: Question, mesh: Mesh) -> float:
             share=share,
             slots=Slots(0, 0, 0, 0),
             vocabulary=vocabulary,
+            gradient_dtype=question.wished.get("gradient_dtype", "float32"),
             is_straight=is_straight,
         )
         memory = rank_memory(question.model, layout, backend=memory_backend(question))

@@ -92,7 +92,8 @@ def details(candidate: Candidate, question: Question) -> str:
     lines = [
         f"{len(plan.layers_per_stage)} stages of {per_stage} layers; a microbatch is {sequences} "
         f"sequence{'s' * (sequences > 1)} on a device; experts as group x node x local = "
-        + " x ".join(map(str, plan.expert_factors)),
+        + " x ".join(map(str, plan.expert_factors))
+        + f"; gradients are added up in {plan.gradient_dtype}",
         "",
         f"memory of a device: {memory.total / GIB:.1f} GiB" + _of_capacity(question),
     ]
@@ -157,13 +158,8 @@ def difference(best: float, this: float) -> str:
     return "0 s" if abs(this - best) < 1e-9 * max(best, this) else f"{this - best:+.4g} s"
 
 
-def notes(result: SearchResult, *, asked: Question | None = None) -> list[str]:
-    """Reservations: where numbers come from, what is outside of what was measured, what cannot be run yet.
-
-    Args:
-      result: the answer.
-      asked: the question before anything was given up, if that may differ.
-    """
+def notes(result: SearchResult) -> list[str]:
+    """Reservations: where numbers come from, what is outside of what was measured, what cannot be run yet."""
     question, best = result.question, result.best
     device, found = question.platform.device, []
     sources = {link.name: link.provenance for link in question.platform.links}
@@ -180,11 +176,18 @@ def notes(result: SearchResult, *, asked: Question | None = None) -> list[str]:
     found += [f"extrapolated: {note}" for note in best.time.notes]
     factor = best.plan.capacity_factor
     if factor:
-        given_up = asked is not None and "capacity_factor" not in asked.wished
         found.append(
-            ("nothing fits with buffers for any routing, hence " if given_up else "")
+            ("nothing fits with buffers for any routing, hence " * ("capacity_factor" in result.given_up))
             + f"capacity factor {factor:g}: a device accepts {factor:g} times the balanced number of rows from "
             f"another, more {'are dropped' if best.plan.overflow == 'drop' else 'travel in later passes'}"
+        )
+    if best.plan.gradient_dtype != "float32":
+        found.append(
+            (
+                "nothing fits with gradients added up in float32, hence "
+                * ("gradient_dtype" in result.given_up)
+            )
+            + f"gradients in {best.plan.gradient_dtype}: of their sums over microbatches and devices 8 bits remain"
         )
     if any(isinstance(layer.attention, LatentAttention) for layer in question.model.layers):
         found.append(

@@ -105,6 +105,7 @@ class Scores:
             dispatch_chunks=way.chunks,
             capacity_factor=question.wished.get("capacity_factor", 0.0),
             overflow=question.wished.get("overflow", "drop"),
+            gradient_dtype=question.wished.get("gradient_dtype", "float32"),
         )
 
 
@@ -281,6 +282,7 @@ def _num_bytes(
             memory_mode=mode,
             vocabulary=placed[place[2]],
             overlap=order.overlap,
+            gradient_dtype=question.wished.get("gradient_dtype", "float32"),
             is_straight=straight,
         )
         memory = rank_memory(question.model, layout, **options)

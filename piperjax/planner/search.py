@@ -19,7 +19,7 @@ from piperjax.planner.dispatchers import DISPATCHERS
 from piperjax.planner.memory import RankMemory, estimate_memory
 from piperjax.planner.partition import partition_layers
 from piperjax.planner.plan import Plan, default_plan
-from piperjax.planner.remedies import SMALLER_BUFFERS, check_room
+from piperjax.planner.remedies import check_room, concessions
 from piperjax.planner.scoring import Scores, capacity_bytes, score
 from piperjax.planner.timing import TimeEstimate, estimate_time, stage_seconds
 
@@ -83,6 +83,7 @@ class SearchResult:
       pareto: compromises of memory and speed, least memory first; fewest bytes to most.
       scores: every candidate with its quick price.
       num_meshes: meshes that were possible.
+      given_up: fields of the plan that have values which nobody wished for, because nothing fits without.
     """
 
     question: Question
@@ -91,6 +92,7 @@ class SearchResult:
     pareto: tuple[Compromise, ...]
     scores: Scores
     num_meshes: int
+    given_up: tuple[str, ...] = ()
 
     @property
     def best(self) -> Candidate:
@@ -145,8 +147,8 @@ def search(
 def answer(question: Question, *, keep: int = KEPT, advise: bool = True) -> SearchResult:
     """Finds the best plans; see `search`.
 
-    Where nothing fits with buffers for any routing, smaller ones are taken (`SMALLER_BUFFERS`). No row is dropped for
-    that: those that find no room travel in later passes.
+    Where nothing fits with buffers for any routing, and gradients added up in float32, either is given up, or both
+    (`concessions`). No row is dropped for that: those that find no room travel in later passes.
 
     Args:
       question: what is asked.
@@ -158,10 +160,10 @@ def answer(question: Question, *, keep: int = KEPT, advise: bool = True) -> Sear
     check_some(question, possible, rejections)
     scores = score(question, possible, rejections)
     if not scores.fits.any():
-        if "capacity_factor" not in question.wished:
-            limited = replace(question, wished=dict(question.wished) | SMALLER_BUFFERS)
+        for less in concessions(question.wished):
+            limited = replace(question, wished=dict(question.wished) | less)
             if score(limited, possible, Rejections()).fits.any():
-                return answer(limited, keep=keep)
+                return replace(answer(limited, keep=keep), given_up=tuple(less))
         check_room(question, scores, advise=advise)
     ranked = _ranked(scores, keep)
     return SearchResult(

@@ -7,7 +7,7 @@ from models import cost
 from models.config import ModelConfig
 from piperjax.planner.network import Group, all_gather, axis_group, reduce_scatter
 from piperjax.planner.plan import Plan
-from piperjax.planner.work import FLOAT32_BYTES
+from piperjax.planner.work import FLOAT32_BYTES, GRADIENT_BYTES
 
 
 def step_end_seconds(
@@ -15,25 +15,25 @@ def step_end_seconds(
 ) -> tuple[float, float]:
     """Seconds once per step: exchange of gradients and parameters, and the optimizer, on the rank with most of them.
 
-    Gradients are reduce-scattered in float32, the optimizer works on a device's share (ZeRO-1), and parameters are
-    gathered in the compute dtype: of experts along data, of everything else along data and expert. What devices that
-    share cores copy for it counts as the optimizer's.
+    Gradients are reduce-scattered in the dtype they were added up in, the optimizer works on a device's share (ZeRO-1),
+    and parameters are gathered in the compute dtype: of experts along data, of everything else along data and expert.
+    What devices that share cores copy for it counts as the optimizer's.
     """
     device = platform.device
     batch, data = axis_group(plan, "batch"), axis_group(plan, "data")
+    gradient, itemsize = GRADIENT_BYTES[plan.gradient_dtype], itemsize_of(dtype)
     exchange = optimizer = 0.0
     for own, experts in _parameters_by_rank(model, plan.layers_per_stage, plan.stages_of_rank):
         shared = experts / plan.expert
-        seconds = _reduced(platform, batch, own, dtype) + _reduced(platform, data, shared, dtype)
+        sizes = gradient, itemsize
+        seconds = _reduced(platform, batch, own, sizes) + _reduced(platform, data, shared, sizes)
         exchange = max(exchange, seconds)
         share = own / batch.size + shared / data.size
         # Read: gradient, master, two moments; written: the last three. Before it accumulators are zeroed, and the
         # compute copy is cast.
-        num_bytes = 7 * FLOAT32_BYTES * share + (FLOAT32_BYTES + itemsize_of(dtype)) * (own + shared)
-        seconds = device.stream_seconds(num_bytes) + _layout_seconds(
-            platform, dtype, (batch, own), (data, shared)
-        )
-        optimizer = max(optimizer, seconds)
+        num_bytes = (gradient + 6 * FLOAT32_BYTES) * share + (gradient + itemsize) * (own + shared)
+        copies = _layout_seconds(platform, sizes, (batch, own), (data, shared))
+        optimizer = max(optimizer, device.stream_seconds(num_bytes) + copies)
     return exchange, optimizer
 
 
@@ -62,8 +62,8 @@ def _parameters_by_rank(
     return tuple(sorted(held))
 
 
-def _layout_seconds(platform: Platform, dtype: str, *exchanged: tuple[Group, float]) -> float:
-    """Seconds of the copies around exchanges of so many parameters in a group, on simulated devices.
+def _layout_seconds(platform: Platform, sizes: tuple[int, int], *exchanged: tuple[Group, float]) -> float:
+    """Seconds of the copies around exchanges of so many parameters in a group, on simulated devices; sizes likewise.
 
     XLA's CPU collectives want the dimension that is split outermost, and parameters are split along a wide one: whole
     gradients and a share of them are brought into another layout, and a share and all of the parameters.
@@ -71,12 +71,14 @@ def _layout_seconds(platform: Platform, dtype: str, *exchanged: tuple[Group, flo
     if platform.device.concurrent_devices is None:
         return 0.0
     copied = sum(parameters * (1 + 1 / group.size) for group, parameters in exchanged if group.size > 1)
-    num_bytes = 2 * (FLOAT32_BYTES + itemsize_of(dtype)) * copied  # read and written
+    num_bytes = 2 * sum(sizes) * copied  # read and written
     return platform.device.elementwise_seconds("layout", num_bytes)
 
 
-def _reduced(platform: Platform, group: Group, parameters: float, dtype: str) -> float:
+def _reduced(platform: Platform, group: Group, parameters: float, sizes: tuple[int, int]) -> float:
+    """Seconds to reduce gradients and to gather parameters, given the bytes of an element of each."""
     if group.size == 1 or not parameters:
         return 0.0
-    gradients = reduce_scatter(platform, group, parameters * FLOAT32_BYTES).seconds
-    return gradients + all_gather(platform, group, parameters * itemsize_of(dtype)).seconds
+    gradient, itemsize = sizes
+    gradients = reduce_scatter(platform, group, parameters * gradient).seconds
+    return gradients + all_gather(platform, group, parameters * itemsize).seconds

@@ -47,6 +47,7 @@ class Storage:
       at_rest: parameters at rest; each of the two moments takes as much.
       accumulators: gradients of all that a device computes with, before they are reduced.
       reduced: those gradients after that, at rest, that other devices have a part in.
+      widened: gradients at rest that are narrower than moments, as wide as these.
       compute_copy: what is cast or gathered at the start of a step; what is neither is read where it rests.
       outer_copy: embedding and head of it.
       layers: for each kind of layer, what a pass of one such layer reads.
@@ -55,6 +56,7 @@ class Storage:
     at_rest: int
     accumulators: int
     reduced: int
+    widened: int
     compute_copy: int
     outer_copy: int
     layers: dict[str, "LayerWeights"]
@@ -191,11 +193,12 @@ def storage(
     vocabulary: str = "split",
     dtype: str = "bfloat16",
     master_dtype: str = "float32",
+    gradient_dtype: str = "float32",
 ) -> Storage:
     """Counts the bytes of parameters on one device; all devices hold equally much, padding included."""
     master, chunks = itemsize_of(master_dtype), len(layers_per_stage) // pipe
     most = most_layers_of_kind(model, layers_per_stage)
-    tally = _Tally(dtype, master_dtype)
+    tally = _Tally(dtype, master_dtype, gradient_dtype)
     layers = {}
     for kind, layer in kinds_of(model):
         leaves = layer_leaves(model.d_model, layer)
@@ -219,8 +222,9 @@ def storage(
     tally.add(Leaf("final_norm", (model.d_model,)), 1)
     return Storage(
         at_rest=tally.at_rest * master,
-        accumulators=tally.whole * wide_itemsize(master_dtype),
-        reduced=tally.reduced * wide_itemsize(master_dtype),
+        accumulators=tally.accumulated_bytes,
+        reduced=tally.reduced_bytes,
+        widened=tally.widened_bytes,
         compute_copy=tally.copied_bytes,
         outer_copy=tally.copied_bytes - of_layers,
         layers=layers,
@@ -228,11 +232,14 @@ def storage(
 
 
 class _Tally:
-    """Elements added up leaf by leaf."""
+    """Elements and bytes added up leaf by leaf."""
 
-    def __init__(self, dtype: str, master_dtype: str):
+    def __init__(self, dtype: str, master_dtype: str, gradient_dtype: str):
         self.dtype, self.master = dtype, itemsize_of(master_dtype)
-        self.at_rest = self.whole = self.reduced = self.copied_bytes = 0
+        wide = wide_itemsize(master_dtype)
+        self.gradient = wide, wide if gradient_dtype == "float32" else itemsize_of(gradient_dtype)
+        self.at_rest = self.copied_bytes = 0
+        self.accumulated_bytes = self.reduced_bytes = self.widened_bytes = 0
 
     def itemsize(self, leaf: Leaf) -> int:
         """Bytes of an element in a step."""
@@ -254,8 +261,10 @@ class _Tally:
         whole = here * regathered
         rests = here // copies if is_split else here
         self.at_rest += rests
-        self.reduced += rests if copies > 1 or regathered > 1 else 0
-        self.whole += whole
+        gradient = self.gradient[not (leaf.is_small or leaf.path == "embedding")]
+        self.reduced_bytes += rests * gradient if copies > 1 or regathered > 1 else 0
+        self.accumulated_bytes += whole * gradient
+        self.widened_bytes += rests * self.gradient[0] if gradient < self.gradient[0] else 0
         if is_split or regathered > 1 or self.itemsize(leaf) != self.master:
             self.copied_bytes += whole * self.itemsize(leaf)
 

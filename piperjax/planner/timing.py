@@ -21,7 +21,7 @@ from piperjax.planner.network import Rows, all_reduce, axis_group, dispatch_tran
 from piperjax.planner.plan import Plan
 from piperjax.planner.shared_cores import at_once, fresh_seconds, on_shared_cores
 from piperjax.planner.step_end import itemsize_of, step_end_seconds
-from piperjax.planner.work import FLOAT32_BYTES, layer_work
+from piperjax.planner.work import FLOAT32_BYTES, GRADIENT_BYTES, layer_work
 from piperjax.schedules.timeline import ActionCosts, Timeline, lockstep, simulate
 
 # How far off a prediction may be that rests on numbers of each provenance, as a fraction.
@@ -110,6 +110,7 @@ def stage_seconds(
             imbalance=conditions.imbalance,
             capacity_factor=plan.capacity_factor,
             overflow=plan.overflow,
+            gradient_dtype=plan.gradient_dtype,
         )
         for kind, layer in model.kinds.items()
     }
@@ -167,7 +168,7 @@ def vocabulary_seconds(
         + device.product_seconds(vocabulary, D, tokens, dtype=base, weight_gradient=True)
         # Logits are written, read for their maximum, read and written as exponentials, read for the gradient.
         + device.stream_seconds(5.5 * logits)
-        + device.stream_seconds(2 * FLOAT32_BYTES * vocabulary * D)
+        + device.stream_seconds(2 * GRADIENT_BYTES[plan.gradient_dtype] * vocabulary * D)
         + device.stream_seconds(8 * hidden_bytes)
         + 3 * exchange
     )

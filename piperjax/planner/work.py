@@ -14,6 +14,8 @@ from models.config import DenseFFN, GroupedQueryAttention, LatentAttention, Laye
 from piperjax.planner.buffers import Buffers
 
 FLOAT32_BYTES = 4
+# Of an element of accumulators of gradients, by what a plan says of them.
+GRADIENT_BYTES = {"float32": FLOAT32_BYTES, "bfloat16": 2}
 
 
 class Product(NamedTuple):

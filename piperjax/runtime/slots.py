@@ -5,6 +5,7 @@ indices; these are one dynamic slice and one dynamic update.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -23,14 +24,15 @@ def write(buffer: jax.Array, value: jax.Array, *index: jax.Array) -> jax.Array:
 
 
 def add(buffer: jax.Array, value: jax.Array, *index: jax.Array) -> jax.Array:
-    """Returns `buffer` with `value` added at `index`, in the dtype of `buffer`.
+    """Returns `buffer` with `value` added at `index`, rounded once to the dtype of `buffer`.
 
     The sum has the leading dimensions of the buffer: where there is one place only, XLA drops both slices, and a sum
     behind a change of shape would not be made in place.
     """
     start, shape = _start(buffer, index), (*(1,) * len(index), *value.shape)
-    total = lax.dynamic_slice(buffer, start, shape, allow_negative_indices=False)
-    total = total + lax.reshape(value, shape).astype(buffer.dtype)
+    wide = jnp.promote_types(buffer.dtype, value.dtype)
+    total = lax.dynamic_slice(buffer, start, shape, allow_negative_indices=False).astype(wide)
+    total = (total + lax.reshape(value, shape).astype(wide)).astype(buffer.dtype)
     return lax.dynamic_update_slice(buffer, total, start, allow_negative_indices=False)
 
 

@@ -35,7 +35,7 @@ from models import transformer
 from models.config import ModelConfig
 from models.layers import LayerContext
 from piperjax.planner.plan import Plan
-from piperjax.runtime import slots
+from piperjax.runtime import slots, step_end
 from piperjax.runtime.dispatch import make_experts
 from piperjax.runtime.grouped_matmul import grouped_matmul
 from piperjax.runtime.layout import LayerLayout
@@ -106,43 +106,16 @@ class Step:
         Returns:
           Gradients at rest (empty without backward), and (loss, aux loss, tokens, load, overflow).
         """
-        scan = _Scan(self, self._compute_copy(params), vary(router_bias), batch, table)
+        copy = step_end.compute_copy(params, self.leaf_shardings, self.plan, self.dtype)
+        scan = _Scan(self, copy, vary(router_bias), batch, table)
         rank_columns = {name: column[:, 0] for name, column in columns[0].items()}
         carry, _ = lax.scan(scan.tick, scan.initial_carry(), (rank_columns, columns[1]))
-        grads = self._reduced(carry.grads) if self.lowered.has_backward else {}
+        grads = {}
+        if self.lowered.has_backward:
+            grads = step_end.reduced(carry.grads, self.leaf_shardings, self.plan)
         sums = [lax.psum(value, AXES) for value in (carry.loss, carry.totals.aux, carry.totals.overflow)]
         load = lax.psum(carry.totals.load, BATCH)[None]
         return grads, (sums[0], sums[1], scan.num_tokens, load, sums[2])
-
-    def _compute_copy(self, params: dict) -> dict:
-        """Parameters cast to the compute dtype, gathered from their split at rest."""
-        # Layers keep their pipe dimension of one: where another is one, too, XLA would copy them all to drop it.
-
-        def gather(leaf, sharding):
-            if sharding.gather_axes:
-                leaf = lax.all_gather(leaf, sharding.gather_axes, axis=sharding.gather_dimension, tiled=True)
-            return vary(leaf)
-
-        gathered = jax.tree.map(gather, transformer.cast_params(params, self.dtype), self.leaf_shardings)
-        if self.plan.vocabulary == "whole":
-            for name in {"embedding", "head"} & set(gathered):
-                gathered[name] = vary(lax.all_gather(gathered[name], PIPE, axis=0, tiled=True))
-        return gathered
-
-    def _reduced(self, grads: dict) -> dict:
-        """Gradients summed over the devices that hold copies, split as the parameters are at rest."""
-
-        def reduce(leaf, sharding):
-            axes, dimension = sharding.gather_axes, sharding.gather_dimension
-            if axes:
-                return lax.psum_scatter(leaf, axes, scatter_dimension=dimension, tiled=True)
-            return lax.psum(leaf, sharding.reduce_axes) if sharding.reduce_axes else leaf
-
-        grads = dict(grads)
-        if self.plan.vocabulary == "whole":
-            for name in {"embedding", "head"} & set(grads):
-                grads[name] = vary(lax.psum_scatter(grads[name], PIPE, scatter_dimension=0, tiled=True))
-        return jax.tree.map(reduce, grads, self.leaf_shardings)
 
 
 class _Scan:
@@ -207,8 +180,9 @@ class _Scan:
         def buffer(*count):
             return self._empty((*count, *self.x.shape), self.x.dtype)
 
-        def accumulator(leaf):
-            return jnp.zeros(leaf.shape, jnp.promote_types(self.master_dtype, jnp.float32))
+        def accumulators():
+            dtypes = dict(master_dtype=self.master_dtype, gradient_dtype=self.plan.gradient_dtype)
+            return step_end.accumulators(self.params, **dtypes)
 
         load = (chunks, self.stage.layout.positions, self.config.num_experts)
         return vary(
@@ -219,7 +193,7 @@ class _Scan:
                 gradients=buffer(lowered.num_gradient_slots + 1) if trains else None,
                 stash=self.stage.stash_buffers(lowered.num_stash_slots, self.x) if trains else None,
                 taps=self.stage.tap_buffers(lowered.num_tap_slots) if lowered.num_tap_slots else None,
-                grads=jax.tree.map(accumulator, self.params) if trains else None,
+                grads=accumulators() if trains else None,
                 loss=jnp.zeros((), wide),
                 totals=Totals(jnp.zeros((), wide), jnp.zeros(load, jnp.float32), jnp.zeros((), jnp.float32)),
             )
@@ -345,8 +319,8 @@ class _Scan:
             if not trains:
                 return carry
             grads = dict(carry.grads)
-            grads[head_name] = grads[head_name] + result.head.astype(grads[head_name].dtype)
-            grads["final_norm"] = grads["final_norm"] + result.final_norm.astype(grads["final_norm"].dtype)
+            grads[head_name] = step_end.added(grads[head_name], result.head)
+            grads["final_norm"] = step_end.added(grads["final_norm"], result.final_norm)
             gradients = slots.write(carry.gradients, result.hidden, rank["head_gradient"])
             return carry._replace(grads=grads, gradients=gradients)
 

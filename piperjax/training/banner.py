@@ -42,7 +42,7 @@ def banner(
         "mesh": f"pipe {plan.pipe} x data {plan.data} x expert {plan.expert} = "
         f"{_count(plan.num_devices, 'device')}, {platform.name}: {platform.description}",
         "schedule": f"{plan.schedule}, {_count(plan.num_microbatches, 'microbatch')} of "
-        f"{_count(plan.microbatch_size, 'sequence')}, {_dispatch(plan)}, {config.dtype}",
+        f"{_count(plan.microbatch_size, 'sequence')}, {_dispatch(plan)}, {config.dtype}{_gradients(plan)}",
         "stages": " | ".join(_stages(config.model, plan)),
         "plan": f"\n{'':10}".join(notes),
         "memory": f"per device {gib(params_bytes)} parameters, {gib(len(Moments._fields) * params_bytes)} optimizer; "
@@ -84,6 +84,10 @@ def _dispatch(plan: Plan) -> str:
     if plan.overflow == "passes":
         capacity += ", the rest in later passes"
     return f"{plan.dispatch} dispatch{chunks}, {capacity}"
+
+
+def _gradients(plan: Plan) -> str:
+    return "" if plan.gradient_dtype == "float32" else f", gradients added up in {plan.gradient_dtype}"
 
 
 def _stages(model: ModelConfig, plan: Plan) -> Sequence[str]:

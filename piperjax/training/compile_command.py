@@ -80,6 +80,9 @@ def _heading(config: Any, plan: Any, seconds: dict[str, float]) -> list[str]:
     sizes = (
         f"pipe {plan.pipe} x data {plan.data} x expert {plan.expert} = {plan.num_devices} simulated devices"
     )
-    how = f"{plan.schedule}, {plan.num_microbatches} microbatches, memory mode {plan.memory_mode}, {config.dtype}"
+    how = (
+        f"{plan.schedule}, {plan.num_microbatches} microbatches, memory mode {plan.memory_mode}, {config.dtype}, "
+        f"gradients in {plan.gradient_dtype}"
+    )
     took = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     return [f"{config.model.name} on {sizes}", how, took, ""]

@@ -81,8 +81,9 @@ def apply(
     """Returns the parameters and moments after step number `step`, counted from 0 (traceable).
 
     Gradients are global arrays under jit, so the norm is over the whole mesh; padded rows have zero
-    gradients and neither count nor move.
+    gradients and neither count nor move. Those of fewer bits than moments are widened before anything else.
     """
+    grads = jax.tree.map(lambda leaf, moment: leaf.astype(moment.dtype), grads, moments.first)
     grad_norm = optax.tree.norm(grads)
     if config.clip_norm > 0:
         scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))

@@ -245,6 +245,9 @@ def _reasons(chosen: Choice) -> tuple[str, ...]:
         notes.append(
             f"{others[0].mesh} would take {others[0].margin:.1%} longer: {_difference(best, others[0])}"
         )
+    given_up = ", ".join(f"{name} {getattr(best.plan, name)}" for name in chosen.result.given_up)
+    if given_up:
+        notes.append(f"{given_up}: nothing fits otherwise")
     return tuple(notes)
 
 
@@ -259,9 +262,10 @@ def _difference(best: Candidate, other: Candidate) -> str:
 def _kept(resumed: Plan, wished: Mapping[str, Any], *, fits: bool) -> dict[str, Any]:
     """What a resumed run keeps where its plan cannot stay as it is: a capacity limit, or it would be another model.
 
-    Where only the schedule or the microbatches were asked to change, the rest stays too.
+    The dtype of its gradients stays as well. Where only the schedule or the microbatches were asked to change, the rest
+    does, too.
     """
-    names = {"capacity_factor", "overflow"}
+    names = {"capacity_factor", "overflow", "gradient_dtype"}
     if fits:
         names = set(WISHES) - {"overlap"}
         names -= {"num_chunks"} if "schedule" in wished else set()

@@ -80,7 +80,7 @@ def test_notes_name_the_source_of_every_rate_and_what_was_given_up():
         seq_len=4096,
     )
     result = answer(question)
-    notes = "\n".join(report.notes(result, asked=question))
+    notes = "\n".join(report.notes(result))
     assert "nothing fits with buffers for any routing, hence capacity factor 1.25" in notes
     assert "more travel in later passes" in notes
     assert "latent attention, which is priced but not yet a layer that trains" in notes
