@@ -311,7 +311,7 @@ def _own_plan(
     kind: str = OWN,
     wished: Mapping[str, Any] | None = None,
 ) -> Outcome:
-    """What `python -m piperjax plan` prints: nothing is dropped, and what is given up only where nothing fits without."""
+    """What `python -m piperjax plan` prints; it drops nothing."""
     label = f"{row.get('strategy', 'Piper')} {row['model']} {devices} devices"
     batch = row.get("gbs") or -(-GLOBAL_BATCH // devices) * devices
     question = Question(

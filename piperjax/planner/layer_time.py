@@ -7,12 +7,12 @@ backward 2, or 4 where it repeats those of forward, or 6 where whole stages are 
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from math import ceil
 from typing import NamedTuple
 
 from meshes.platform import Device, Platform
 from models.config import DenseFFN, LayerConfig, ModelConfig, MoEFFN
 from piperjax.planner.kept import Share, kept_bytes, tap_bytes
+from piperjax.planner.later_passes import LaterPasses, expected_passes
 from piperjax.planner.network import (
     Group,
     Rows,
@@ -119,8 +119,7 @@ def price_layer(
     device, ffn = platform.device, layer.ffn
     group, node, local = expert_factors
     expert = group * node * local
-    is_small = dtype.startswith("float8")
-    base = "bfloat16" if is_small else dtype
+    base = "bfloat16" if dtype.startswith("float8") else dtype
     itemsize = {"float64": 8, "float32": FLOAT32_BYTES}.get(base, 2)
     share, buffer = None, None
     if rows == "static":
@@ -167,7 +166,9 @@ def price_layer(
         kept, taps = (count(d_model, layer, share, memory_mode) for count in (kept_bytes, tap_bytes))
         weights = itemsize * sum(p.weights for p in work.products)
         held = Held(kept_bytes=kept, tap_bytes=taps, weight_bytes=weights)
-    compute = pricing.seconds(memory_mode, held)
+    compute, later = pricing.seconds(memory_mode, held), _later_passes(platform, share, ffn, imbalance)
+    if later.number:
+        compute = pricing.with_later_passes(compute, later, itemsize)
     row_bytes = d_model * itemsize
     forward = backward = 0.0
     if isinstance(ffn, MoEFFN) and expert > 1:
@@ -191,8 +192,7 @@ def price_layer(
             exchange |= dict(rows=rows, imbalance=imbalance, chunks=dispatch_chunks)
             exchange |= dict(num_groups=ffn.router.num_groups, groups_per_token=ffn.router.groups_per_token)
             once = back = 2 * dispatch_transfer(platform, **exchange).seconds
-        later = _later_passes(platform, share, ffn, imbalance)
-        forward, backward = later.beside(once, back, repeats=_repeats(memory_mode))
+        forward, backward = later.beside(once, back, repeats=_repeats(memory_mode), chunks=dispatch_chunks)
     if tensor > 1:
         one_way = _parts(ffn) * all_gather(platform, Group(tensor), tokens * tensor * row_bytes).seconds
         forward, backward = forward + 2 * one_way, backward + 3 * one_way
@@ -226,25 +226,13 @@ def _parts(ffn: DenseFFN | MoEFFN) -> int:
     return 1 + (not isinstance(ffn, MoEFFN) or bool(ffn.shared_d_ff or ffn.dense_residual_d_ff))
 
 
-class _LaterPasses(NamedTuple):
-    """Passes after the first, and the seconds in which devices agree on them. Backward runs their forward again."""
-
-    number: int = 0
-    agreement: float = 0.0
-
-    def beside(self, once: float, back: float, *, repeats: int) -> tuple[float, float]:
-        """Exchanges of forward and backward, given those of one pass; backward repeats those of forward so often."""
-        forward = (1 + self.number) * once + self.agreement
-        first = back + repeats * (once + self.agreement)
-        return forward, first + self.number * (once + back) + self.agreement
-
-
-def _later_passes(platform: Platform, share: Share | None, ffn: MoEFFN, imbalance: float) -> _LaterPasses:
-    if share is None or not share.makes_passes(ffn):
-        return _LaterPasses()
-    passes = ceil(imbalance / share.capacity_factor)
-    # Before every pass, and after the last: is there one more?
-    return _LaterPasses(passes - 1, passes * all_reduce(platform, Group(share.expert), AGREED_BYTES).seconds)
+def _later_passes(
+    platform: Platform, share: Share | None, ffn: DenseFFN | MoEFFN, imbalance: float
+) -> LaterPasses:
+    if share is None or not isinstance(ffn, MoEFFN) or not share.makes_passes(ffn):
+        return LaterPasses()
+    agreement = all_reduce(platform, Group(share.expert), AGREED_BYTES).seconds
+    return expected_passes(share, ffn, imbalance)._replace(agreement=agreement)
 
 
 def _repeats(memory_mode: str) -> int:
@@ -330,6 +318,32 @@ class _Pricing:
             "weight_gradient": weight_gradient + taps,
             **total,
         }
+
+    def with_later_passes(
+        self, seconds: dict[str, float], later: LaterPasses, itemsize: int
+    ) -> dict[str, float]:
+        """The same with passes after the first, which go through buffers of one chunk and read all weights again.
+
+        Their products are among those of all rows already, but for those of the forward that backward runs again.
+        """
+        rows = [s for s in self.work.streams if s.is_of_rows]
+        weights = itemsize * sum(p.weights for p in self.work.products if p.groups)
+        once = self._stream(weights, 2)
+        forward = once + sum(self._stream(s.forward_bytes / self.chunks, s.launches, s.kind) for s in rows)
+        inputs = once + sum(
+            self._stream(s.backward_bytes / self.chunks, s.launches, s.backward_kind) for s in rows
+        )
+        # Gradients of weights are written, and added to those of other passes.
+        added = self._stream(4 * weights, 4)
+        again = later.number * forward + later.waiting_fraction * self.experts_forward
+        more = {
+            "forward": later.number * forward,
+            "backward": again + later.number * (inputs + added),
+            "input_gradient": again + later.number * inputs,
+            "weight_gradient": again + later.number * added,
+        }
+        more["streams"] = more["forward"] + more["backward"]
+        return {name: value + more.get(name, 0.0) for name, value in seconds.items()}
 
     def _recomputed(self, memory_mode: str) -> dict[str, float]:
         everything, nothing = (lambda _: True), (lambda _: False)

@@ -140,8 +140,7 @@ def explained(explanation: Explanation) -> str:
 
 def rejected(result: SearchResult) -> str:
     """What was left out and why."""
-    priced, fit = len(result.scores.seconds), int(result.scores.fits.sum())
-    line = f"{priced:,} plans on {result.num_meshes} meshes were priced, {fit:,} fit."
+    line = f"{result.num_plans:,} plans on {result.num_meshes} meshes were priced, {result.num_fit:,} fit."
     rows = [
         [f"{one.count:,} {counted(one)}", one.reason, f"such as {one.example}"] for one in result.rejected
     ]
@@ -176,8 +175,13 @@ def notes(result: SearchResult) -> list[str]:
     found += [f"extrapolated: {note}" for note in best.time.notes]
     factor = best.plan.capacity_factor
     if factor:
+        chosen = "" if "capacity_factor" in question.wished else "quicker than buffers for any routing: "
         found.append(
-            ("nothing fits with buffers for any routing, hence " * ("capacity_factor" in result.given_up))
+            (
+                "nothing fits with buffers for any routing, hence "
+                if "capacity_factor" in result.given_up
+                else chosen
+            )
             + f"capacity factor {factor:g}: a device accepts {factor:g} times the balanced number of rows from "
             f"another, more {'are dropped' if best.plan.overflow == 'drop' else 'travel in later passes'}"
         )
@@ -214,8 +218,8 @@ def to_dict(result: SearchResult, explanations: Sequence[Explanation] = ()) -> d
         "ranked": [_candidate_dict(one) for one in result.ranked],
         "pareto": [{"plan": result.scores.plan(one.row).to_dict(), **asdict(one)} for one in result.pareto],
         "rejected": [asdict(one) for one in result.rejected],
-        "num_plans": len(result.scores.seconds),
-        "num_fit": int(result.scores.fits.sum()),
+        "num_plans": result.num_plans,
+        "num_fit": result.num_fit,
         "explained": [
             {
                 "asked": dict(one.asked),

@@ -19,13 +19,18 @@ from piperjax.planner.dispatchers import DISPATCHERS
 from piperjax.planner.memory import RankMemory, estimate_memory
 from piperjax.planner.partition import partition_layers
 from piperjax.planner.plan import Plan, default_plan
-from piperjax.planner.remedies import check_room, concessions
+from piperjax.planner.remedies import SMALLER_BUFFERS, check_room, concessions, least_bytes
 from piperjax.planner.scoring import Scores, capacity_bytes, score
 from piperjax.planner.timing import TimeEstimate, estimate_time, stage_seconds
 
 # Up to so many (rank, microbatch, chunk) triples the tick table itself is timed; above, its counts are.
 LARGEST_TIMED_TABLE = 512
 KEPT = 10
+# Where nobody says how large buffers are, a usual size is tried on so many meshes, and others on the best of these.
+OTHER_CAPACITY_FACTORS = (1.5, 2.0)
+PROMISING_MESHES = 4
+MESHES_FOR_OTHER_SIZES = 2
+BUFFERS = frozenset(SMALLER_BUFFERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +88,7 @@ class SearchResult:
       pareto: compromises of memory and speed, least memory first; fewest bytes to most.
       scores: every candidate with its quick price.
       num_meshes: meshes that were possible.
+      num_plans, num_fit: candidates that were priced, and that fit.
       given_up: fields of the plan that have values which nobody wished for, because nothing fits without.
     """
 
@@ -92,6 +98,8 @@ class SearchResult:
     pareto: tuple[Compromise, ...]
     scores: Scores
     num_meshes: int
+    num_plans: int
+    num_fit: int
     given_up: tuple[str, ...] = ()
 
     @property
@@ -148,7 +156,9 @@ def answer(question: Question, *, keep: int = KEPT, advise: bool = True) -> Sear
     """Finds the best plans; see `search`.
 
     Where nothing fits with buffers for any routing, and gradients added up in float32, either is given up, or both
-    (`concessions`). No row is dropped for that: those that find no room travel in later passes.
+    (`concessions`). No row is dropped for that: those that find no room travel in later passes. Where something fits,
+    smaller buffers are tried on the quickest meshes, and taken if that is quicker: elementwise work and exchanges go
+    through all places of a buffer.
 
     Args:
       question: what is asked.
@@ -158,35 +168,96 @@ def answer(question: Question, *, keep: int = KEPT, advise: bool = True) -> Sear
     rejections = Rejections()
     possible = meshes(question, rejections)
     check_some(question, possible, rejections)
-    scores = score(question, possible, rejections)
-    if not scores.fits.any():
-        for less in concessions(question.wished):
-            limited = replace(question, wished=dict(question.wished) | less)
-            if score(limited, possible, Rejections()).fits.any():
-                return replace(answer(limited, keep=keep), given_up=tuple(less))
-        check_room(question, scores, advise=advise)
-    ranked = _ranked(scores, keep)
+    scores, given_up = _scored(question, possible, rejections), {}
+    for less in () if scores.fits.any() else concessions(question.wished):
+        limited = _scored(_with(question, less), possible, Rejections())
+        if limited.fits.any():
+            scores, given_up = limited, less
+            break
+    check_room(question, scores, advise=advise)
+    found = [scores]
+    if question.model.num_experts and not BUFFERS & question.wished.keys():
+        found += _with_smaller_buffers(scores, possible)
+    ranked, own = _ranked(found, keep)
     return SearchResult(
-        question=question,
+        question=scores.question,
         ranked=ranked,
         rejected=rejections.listed(),
-        pareto=_pareto(scores, ranked[0]),
-        scores=scores,
+        pareto=_pareto(own, ranked[0]),
+        scores=own,
         num_meshes=len(possible),
+        num_plans=sum(len(one.seconds) for one in found),
+        num_fit=sum(int(one.fits.sum()) for one in found),
+        given_up=tuple(given_up),
     )
 
 
-def _ranked(scores: Scores, keep: int) -> tuple[Candidate, ...]:
-    """The quickest row of every mesh priced in full, as many as are kept."""
+def _scored(question: Question, possible: list[Mesh], rejections: Rejections) -> Scores:
+    """Scores on the meshes on which a device holds at least its parameters; on all if there are none."""
+    room = capacity_bytes(question)
+    roomy = [mesh for mesh in possible if least_bytes(question, mesh) <= room]
+    for mesh in possible if roomy else ():
+        if mesh not in roomy:
+            reason = "a device must have room for its parameters, their moments and their gradients"
+            rejections.add(reason, mesh)
+    return score(question, roomy or possible, rejections)
+
+
+def _with(question: Question, changes: Mapping[str, Any]) -> Question:
+    return replace(question, wished=dict(question.wished) | changes)
+
+
+def _with_smaller_buffers(scores: Scores, possible: list[Mesh]) -> list[Scores]:
+    """Scores with buffers of a usual size and later passes, on promising meshes; of other sizes on the best of these."""
+    question, found = scores.question, []
+    last = scores
+    if "capacity_factor" not in question.wished:
+        leaner = _with(question, SMALLER_BUFFERS)
+        simple = _scored(_with(leaner, _simplest(question)), possible, Rejections())
+        last = score(leaner, _best_meshes(simple, PROMISING_MESHES), Rejections())
+        found.append(last)
+    meshes = _best_meshes(last, MESHES_FOR_OTHER_SIZES)
+    for size in OTHER_CAPACITY_FACTORS:
+        limited = _with(question, SMALLER_BUFFERS | {"capacity_factor": size})
+        found.append(score(limited, meshes, Rejections()))
+    return found
+
+
+def _simplest(question: Question) -> dict[str, Any]:
+    """Choices by which meshes are compared, but for what is wished."""
+    usual = {"schedule": "one_f_one_b", "overlap": False, "vocabulary": "split", "memory_mode": "layer"}
+    if {"num_chunks", "overlap"} & question.wished.keys():
+        del usual["schedule"]
+    return {name: value for name, value in usual.items() if name not in question.wished}
+
+
+def _best_meshes(scores: Scores, count: int) -> list[Mesh]:
+    return [scores.meshes[scores.mesh[row]] for row in _quickest(scores)[:count]]
+
+
+def _quickest(scores: Scores) -> np.ndarray:
+    """Of every mesh the quickest row that fits, quickest first."""
     order = np.argsort(np.where(scores.fits, scores.seconds, inf), kind="stable")[: int(scores.fits.sum())]
     _, firsts = np.unique(scores.mesh[order], return_index=True)
-    rows = order[np.sort(firsts)[:keep]]
-    candidates = [priced(scores.question, scores.plan(int(row))) for row in rows]
+    return order[np.sort(firsts)]
+
+
+def _ranked(found: Sequence[Scores], keep: int) -> tuple[tuple[Candidate, ...], Scores]:
+    """The quickest row of every mesh priced in full, as many as are kept; and the scores that the best is from."""
+    quickest: dict[Mesh, tuple[float, Scores, int]] = {}
+    for scores in found:
+        for row in map(int, _quickest(scores)):
+            mesh, seconds = scores.meshes[scores.mesh[row]], float(scores.seconds[row])
+            if mesh not in quickest or seconds < quickest[mesh][0]:
+                quickest[mesh] = seconds, scores, row
+    rows = sorted(quickest.values(), key=lambda one: one[0])[:keep]
+    pairs = [(priced(scores.question, scores.plan(row)), scores) for _, scores, row in rows]
     # Extended counts of slots may be a slot short: the full price decides.
-    fitting = [one for one in candidates if one.peak_bytes <= capacity_bytes(scores.question)]
-    candidates = sorted(fitting or candidates, key=lambda candidate: candidate.time.step_seconds)
-    best = candidates[0].time.step_seconds
-    return tuple(replace(one, margin=one.time.step_seconds / best - 1) for one in candidates)
+    fitting = [pair for pair in pairs if pair[0].peak_bytes <= capacity_bytes(pair[1].question)]
+    pairs = sorted(fitting or pairs, key=lambda pair: pair[0].time.step_seconds)
+    best, own = pairs[0]
+    margins = [one.time.step_seconds / best.time.step_seconds - 1 for one, _ in pairs]
+    return tuple(replace(one, margin=margin) for (one, _), margin in zip(pairs, margins, strict=True)), own
 
 
 def priced(question: Question, plan: Plan) -> Candidate:

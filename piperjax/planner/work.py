@@ -52,6 +52,7 @@ class Stream(NamedTuple):
       forward_bytes, backward_bytes: read and written in all.
       launches: kernels of one direction.
       is_sent: prepares or takes apart rows that travel to experts and back, repeated only if the exchange is.
+      is_of_rows: goes through the buffers of rows of experts, in every pass.
       kind: in `meshes.device.ELEMENTWISE`, where its rates differ from those of memory.
     """
 
@@ -60,6 +61,7 @@ class Stream(NamedTuple):
     backward_bytes: float
     launches: int = 1
     is_sent: bool = False
+    is_of_rows: bool = False
     kind: str = "memory"
 
     @property
@@ -185,20 +187,22 @@ def _experts(
     scores = tokens * E * FLOAT32_BYTES
     sent = tokens * k * d_model * itemsize
     buffer_rows = rows if buffer is None else buffer.experts
-    rows_moved = dict(launches=2, is_sent=True, kind="rows")
+    rows_moved = dict(launches=2, is_sent=True, is_of_rows=True, kind="rows")
     streams = [
         Stream("router", 4 * scores, 3 * scores, launches=6),
         Stream("spread rows", sent + buffer_rows * d_model * itemsize, 2 * sent, **rows_moved),
         Stream("combine rows", sent + tokens * d_model * itemsize, 2 * sent, **rows_moved),
-        _activation("experts", ffn.d_ff, ffn.num_matrices, buffer_rows, itemsize),
+        _activation("experts", ffn.d_ff, ffn.num_matrices, buffer_rows, itemsize)._replace(is_of_rows=True),
     ]
     row_bytes = d_model * itemsize
     if buffer is not None and buffer.of_node:
         summed = 2 * (buffer.arrived + buffer.of_node) * row_bytes
-        streams.append(Stream("sums of devices and nodes", summed, summed, launches=4, kind="rows"))
+        rows_summed = dict(launches=4, is_of_rows=True, kind="rows")
+        streams.append(Stream("sums of devices and nodes", summed, summed, **rows_summed))
     elif expert > 1:
         moved = 4 * buffer_rows * row_bytes
-        streams.append(Stream("group rows by expert", moved, moved, launches=4, kind="rows"))
+        rows_grouped = dict(launches=4, is_of_rows=True, kind="rows")
+        streams.append(Stream("group rows by expert", moved, moved, **rows_grouped))
     products = [
         Product("router", tokens, E, d_model, is_wide=True),
         *_ffn("experts", d_model, ffn.d_ff, ffn.num_matrices, rows=rows / groups, groups=groups),

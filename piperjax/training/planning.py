@@ -238,7 +238,7 @@ def _reasons(chosen: Choice) -> tuple[str, ...]:
     if chosen.result is None:
         return (f"by a simple rule, because {chosen.reason}",)
     best, *others = chosen.result.ranked
-    plans = len(chosen.result.scores.seconds)
+    plans = chosen.result.num_plans
     counted = f"{plans:,} plan{'s' if plans != 1 else ''} on {chosen.result.num_meshes} meshes"
     notes = [f"{best.mesh}: the quickest of {counted}, {best.time.step_seconds:.3g} s a step predicted"]
     if others:

@@ -174,7 +174,7 @@ def test_experts_on_a_cpu_multiply_half_a_block_more_for_each_group():
     assert found.dense == usual.dense
 
 
-def test_later_passes_repeat_exchanges_and_nothing_else():
+def test_later_passes_repeat_exchanges_and_go_through_their_buffers():
     layer = preset("mixtral_8x7b").layers[0]
     options = dict(
         tokens=4096, seq_len=4096, expert_factors=(1, 1, 8), dtype="bfloat16", capacity_factor=1.25
@@ -183,15 +183,24 @@ def test_later_passes_repeat_exchanges_and_nothing_else():
     def seconds(**changes):
         return layer_seconds(preset("mixtral_8x7b"), layer, load_platform("frontier"), **options | changes)
 
-    dropping, once = seconds(imbalance=1.2), seconds(imbalance=1.2, overflow="passes")
+    dropping, once = seconds(), seconds(overflow="passes")
     # One pass is enough: devices agree on that, forward, again, and backward.
     assert dropping.exchange_forward < once.exchange_forward < 1.1 * dropping.exchange_forward
     agreement = once.exchange_forward - dropping.exchange_forward
     assert once.exchange_backward - dropping.exchange_backward == pytest.approx(2 * agreement)
+    assert (once.forward, once.backward) == (dropping.forward, dropping.backward)
     three = seconds(imbalance=3.0, overflow="passes")
     assert three.exchange_forward == pytest.approx(3 * once.exchange_forward)
     # 3 all-to-alls there and back for the first, as forward runs again, and as many for each that follows.
     assert three.exchange_backward == pytest.approx(3 * once.exchange_backward, rel=0.1)
+    # Their products are counted already, but for those of the forward that backward runs again.
+    dropped = seconds(imbalance=3.0)
+    assert three.experts == dropped.experts
+    again = three.backward - dropped.backward - (three.forward - dropped.forward)
+    assert 0 < three.forward - dropped.forward < dropping.streams
+    assert again > (1 - 1.25 / 3) * dropped.experts / 4
+    parts = three.dense + three.experts + three.attention + three.streams
+    assert three.forward + three.backward == pytest.approx(parts)
     roomy = seconds(capacity_factor=8.0, overflow="passes", imbalance=3.0)
     assert roomy.exchange_forward == pytest.approx(
         seconds(capacity_factor=0.0, imbalance=3.0).exchange_forward
