@@ -28,7 +28,7 @@ LARGEST_TIMED_TABLE = 512
 KEPT = 10
 # Where nobody says how large buffers are, a usual size is tried on so many meshes, and others on the best of these.
 OTHER_CAPACITY_FACTORS = (1.5, 2.0)
-PROMISING_MESHES = 4
+PROMISING_MESHES = 6
 MESHES_FOR_OTHER_SIZES = 2
 BUFFERS = frozenset(SMALLER_BUFFERS)
 
@@ -170,13 +170,15 @@ def answer(question: Question, *, keep: int = KEPT, advise: bool = True) -> Sear
     check_some(question, possible, rejections)
     scores, given_up = _scored(question, possible, rejections), {}
     for less in () if scores.fits.any() else concessions(question.wished):
-        limited = _scored(_with(question, less), possible, Rejections())
-        if limited.fits.any():
-            scores, given_up = limited, less
-            break
+        changed = _with(question, less)
+        if roomy := _roomy(changed, possible):
+            limited = score(changed, roomy, Rejections())
+            if limited.fits.any():
+                scores, given_up = limited, less
+                break
     check_room(question, scores, advise=advise)
     found = [scores]
-    if question.model.num_experts and not BUFFERS & question.wished.keys():
+    if _may_limit_buffers(question):
         found += _with_smaller_buffers(scores, possible)
     ranked, own = _ranked(found, keep)
     return SearchResult(
@@ -194,8 +196,7 @@ def answer(question: Question, *, keep: int = KEPT, advise: bool = True) -> Sear
 
 def _scored(question: Question, possible: list[Mesh], rejections: Rejections) -> Scores:
     """Scores on the meshes on which a device holds at least its parameters; on all if there are none."""
-    room = capacity_bytes(question)
-    roomy = [mesh for mesh in possible if least_bytes(question, mesh) <= room]
+    roomy = _roomy(question, possible)
     for mesh in possible if roomy else ():
         if mesh not in roomy:
             reason = "a device must have room for its parameters, their moments and their gradients"
@@ -203,12 +204,23 @@ def _scored(question: Question, possible: list[Mesh], rejections: Rejections) ->
     return score(question, roomy or possible, rejections)
 
 
+def _roomy(question: Question, possible: list[Mesh]) -> list[Mesh]:
+    room = capacity_bytes(question)
+    return [mesh for mesh in possible if least_bytes(question, mesh) <= room]
+
+
+def _may_limit_buffers(question: Question) -> bool:
+    """Whether smaller buffers may be chosen for speed: not on simulated devices, where passes are not measured."""
+    is_simulated = question.platform.device.concurrent_devices is not None
+    return bool(question.model.num_experts) and not is_simulated and not BUFFERS & question.wished.keys()
+
+
 def _with(question: Question, changes: Mapping[str, Any]) -> Question:
     return replace(question, wished=dict(question.wished) | changes)
 
 
 def _with_smaller_buffers(scores: Scores, possible: list[Mesh]) -> list[Scores]:
-    """Scores with buffers of a usual size and later passes, on promising meshes; of other sizes on the best of these."""
+    """Scores with buffers of a usual size and later passes on promising meshes, of other sizes on the best of these."""
     question, found = scores.question, []
     last = scores
     if "capacity_factor" not in question.wished:

@@ -13,9 +13,11 @@ from piperjax.planner.explain import explain, variations
 from piperjax.planner.search import priced, priced_as_it_is, search
 
 
-@lru_cache(maxsize=1)
-def found():
-    return search(preset("mixtral_8x7b"), load_platform("frontier"), 64, batch_size=256, seq_len=4096)
+@lru_cache(maxsize=2)
+def found(capacity_factor=None):
+    wished = {"capacity_factor": capacity_factor}
+    platform = load_platform("frontier")
+    return search(preset("mixtral_8x7b"), platform, 64, batch_size=256, seq_len=4096, wished=wished)
 
 
 def test_a_slower_mesh_is_compared_part_by_part():
@@ -32,8 +34,9 @@ def test_a_slower_mesh_is_compared_part_by_part():
 
 
 def test_a_difference_within_the_uncertainty_is_said_to_be_one():
-    runner_up = found().ranked[1]
-    explanation = explain(found(), runner_up.mesh._asdict())
+    result = found(capacity_factor=0)
+    runner_up = result.ranked[1]
+    explanation = explain(result, runner_up.mesh._asdict())
     assert explanation.candidate.plan == runner_up.plan
     assert "a difference that only a measurement decides" in explanation.sentence
 
@@ -66,8 +69,11 @@ def test_single_choices_are_the_best_plan_but_for_one():
         "memory mode",
         "vocabulary",
         "dispatch",
+        "gradients",
     }
-    assert not any(one.fits and one.slower < -0.02 for one in options), "the search would have taken it"
+    # Narrow gradients are no matter of seconds.
+    searched = [one for one in options if one.choice != "gradients"]
+    assert not any(one.fits and one.slower < -0.02 for one in searched), "the search would have taken it"
     for one in options:
         if one.choice == "memory mode":
             other = priced(result.question, replace(plan, memory_mode=one.value))

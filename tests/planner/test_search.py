@@ -183,3 +183,37 @@ def test_without_rates_the_simple_rule_decides():
 def test_impossible_sizes_are_told_as_ever():
     with pytest.raises(ValueError, match="pipe x data x expert must be the 8 devices, got 3 x"):
         choose_plan(preset("tiny"), CPU8, 8, batch_size=32, seq_len=64, dtype="float32", wished={"pipe": 3})
+
+
+def test_smaller_buffers_are_taken_where_they_are_quicker():
+    result, dropless = found(), found(wished={"capacity_factor": 0.0})
+    assert (result.best.plan.overflow, result.given_up) == ("passes", ())
+    assert dropless.best.plan.capacity_factor == 0
+    assert result.best.time.step_seconds < dropless.best.time.step_seconds
+    # Two of them cost more than the places that they save.
+    uneven = search(
+        preset("mixtral_8x7b"),
+        FRONTIER,
+        64,
+        batch_size=256,
+        seq_len=4096,
+        imbalance=4.0,
+        wished={"expert": 8},
+    )
+    assert uneven.best.plan.capacity_factor != 1.25
+    # What is asked for is kept, and simulated devices have no price for passes.
+    assert found(wished={"capacity_factor": 1.25}).best.plan.overflow == "drop"
+    simulated = search(preset("tiny"), CPU8, 8, batch_size=32, seq_len=64, dtype="float32")
+    assert simulated.best.plan.capacity_factor == 0
+
+
+def test_narrow_gradients_are_taken_only_where_nothing_fits_without():
+    options = dict(batch_size=1040, keep=1)
+    result = found("xmoe_large", 80, **options)
+    assert result.best.plan.gradient_dtype == "bfloat16" and result.best.plan.overflow == "passes"
+    assert set(result.given_up) == {"gradient_dtype", "capacity_factor", "overflow"}
+    with pytest.raises(ValueError, match="80 frontier devices with gradient_dtype=float32"):
+        found("xmoe_large", 80, wished={"gradient_dtype": "float32"}, **options)
+    wide = found(wished={"gradient_dtype": "bfloat16"}).best
+    assert wide.plan.gradient_dtype == "bfloat16"
+    assert found().best.plan.gradient_dtype == "float32"
