@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="X",
         help="rows that a device accepts at a time over the balanced number; 0 accepts all (default 0, or "
-        f"{USUAL_CAPACITY_FACTOR} with --overflow passes if nothing fits otherwise)",
+        f"{USUAL_CAPACITY_FACTOR} or more with --overflow passes where that is quicker, or nothing fits otherwise)",
     )
     wishes.add_argument(
         "--overflow",
