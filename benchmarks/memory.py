@@ -44,6 +44,7 @@ def cases() -> Iterator[Case]:
     yield from _meshes()
     yield from _dispatchers()
     yield from _gradients()
+    yield from _kinds()
 
 
 def _families() -> Iterator[Case]:
@@ -119,6 +120,13 @@ def _gradients() -> Iterator[Case]:
     yield case(scaled("deepseek_moe_16b", num_experts=16), (2, 1, 4), **narrow, schedule="zb_h1")
     yield case(mixtral, (2, 1, 2), **narrow, vocabulary="whole")
     yield case(scaled("xmoe_small"), (2, 1, 2), **narrow, overlap=True, dispatch_chunks=2)
+
+
+def _kinds() -> Iterator[Case]:
+    """Loops over one layer, or none: kinds of layers in turn, and stages of one layer of either kind."""
+    yield case(scaled("llama4_maverick", num_layers=8), (2, 1, 2), dtype="float32")
+    deepseek = scaled("deepseek_moe_16b", num_layers=8, num_experts=16)
+    yield case(deepseek, (4, 1, 4), schedule="v_half", memory_mode="named", dtype="float32")
 
 
 def compiled_bytes(one: Case) -> int:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from models.config import ModelConfig
 from piperjax.planner import workspace
 from piperjax.planner.kept import Share, kept_bytes, tap_bytes
-from piperjax.planner.plan import Plan
+from piperjax.planner.plan import RECOMPUTING_MODES, Plan
 from piperjax.planner.storage import Storage, kinds_of, most_layers_of_kind, padded_rows, storage
 from piperjax.planner.workspace import Backend, Phase
 from piperjax.schedules import registry
@@ -192,6 +192,8 @@ def rank_memory(
         # What is in no branch is read in every turn of the loop over ticks, so that is where it is converted.
         widened = copy if _is_loop(stored, layout) else stored.outer_copy
         copy += widened * (share.wide - share.itemsize) // share.itemsize
+        # Of the embedding, which tokens are looked up in, what was converted stays as well.
+        copy += padded_rows(model.vocab_size, layout.pipe) * model.d_model * share.itemsize
     of_layers = _between_passes(model, share, layout.memory_mode)
     stash = sum(kept[kind] * of_layers[kind].kept for kind in most)
     lasting = _Lasting(
@@ -252,15 +254,13 @@ def _largest_phase(
     if layout.overlap:  # A backward's slot is read before its loop.
         of_stage += lasting.stash / ceil(layout.slots.stash)
     found = [workspace.head(model.d_model, rows, compiler)]
-    early = 0.0  # What layers before this kind leave that are alone of theirs and whose forward runs again.
     for kind, layer in kinds_of(model):
         of = stored.layers[kind]
         before_layers, before_weights = _converted(model, kind, layout, stored, compiler)
-        phase = workspace.layer_backward(model.d_model, layer, of, compiler, splits=layout.splits)
+        passes = dict(splits=layout.splits, remakes_rows=layout.memory_mode in RECOMPUTING_MODES)
+        phase = workspace.layer_backward(model.d_model, layer, of, compiler, **passes)
         again = layout.overlap and of.held > 1  # The slice of the weights of a layer whose forward runs.
-        found.append(phase.beside(before_layers + of_stage + early + again * of.total * compiler.itemsize))
-        if layout.is_straight and of.held == 1 and layout.memory_mode != "stash":
-            early += workspace.recomputed_early(model.d_model, layer, of, compiler)
+        found.append(phase.beside(before_layers + of_stage + again * of.total * compiler.itemsize))
         if layout.splits:
             phase = workspace.weight_gradient(model.d_model, layer, of, compiler, layout.memory_mode)
             found.append(phase.beside(before_weights))

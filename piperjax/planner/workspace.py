@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from models.config import DenseFFN, LayerConfig, MoEFFN
 from models.query_blocks import query_block
-from piperjax.planner.kept import Share, attention_widths, tap_bytes
+from piperjax.planner.kept import Share, attention_widths, message_bytes, tap_bytes
 from piperjax.planner.storage import LayerWeights
 
 # Small things that are not counted one by one, and gaps between blocks: from 0 to 6 % of the largest phases seen.
@@ -71,9 +71,18 @@ class Backend:
 
 @lru_cache(maxsize=8192)
 def layer_backward(
-    d_model: int, layer: LayerConfig, weights: LayerWeights, backend: Backend, *, splits: bool
+    d_model: int,
+    layer: LayerConfig,
+    weights: LayerWeights,
+    backend: Backend,
+    *,
+    splits: bool,
+    remakes_rows: bool = True,
 ) -> Phase:
-    """Backward of one layer after its forward ran again, or its input gradient alone if backward `splits`."""
+    """Backward of one layer after its forward ran again, or its input gradient alone if backward `splits`.
+
+    With `remakes_rows`, experts run again from the messages that brought them rows.
+    """
     share, w = backend.share, backend.itemsize
     T, W = share.tokens, share.wide
     widths = attention_widths(layer.attention)
@@ -103,7 +112,7 @@ def layer_backward(
     ffn = layer.ffn
     R = share.rows(ffn)
     shared = T * w * (up + 3) * (ffn.shared_d_ff + ffn.dense_residual_d_ff)
-    rows, hidden = _rows_and_hidden(d_model, ffn, backend)
+    rows, hidden = _rows_and_hidden(d_model, ffn, backend, remakes_rows=remakes_rows)
     num_scores = 2 if backend.is_widened else 1
     if in_blocks:  # No weights of the softmax wait for their backward.
         num_scores = 0
@@ -122,34 +131,22 @@ def layer_backward(
     return max(experts, attention, key=lambda phase: phase.total).beside(gap)
 
 
-def _rows_and_hidden(d_model: int, ffn: MoEFFN, backend: Backend) -> tuple[float, float]:
+def _rows_and_hidden(
+    d_model: int, ffn: MoEFFN, backend: Backend, *, remakes_rows: bool = True
+) -> tuple[float, float]:
     """Bytes of rows at experts, and of what is between their matrices, in the backward of experts."""
     share, w, up = backend.share, backend.itemsize, ffn.num_matrices - 1
-    R = share.rows(ffn)
+    R, once = share.rows(ffn), 0
+    if share.deduplicates and remakes_rows:
+        # Of one chunk, messages as they arrived, and rows of gradients before they are weighed by their gates: those of
+        # the gates are made from them.
+        once = R * d_model * w + share.buffers(ffn).arrived * message_bytes(d_model, ffn, share)
+        once //= share.dispatch_chunks
     if backend.is_widened:
         # SwiGLU in float32; of GELU one factor, the others are rounded first.
         widths = (up + 3) * w if up == 2 else w + 5 * share.itemsize
-        return R * d_model * (2 * w + 2 * share.itemsize), R * widths * ffn.d_ff
-    return 4 * R * d_model * w, R * w * (up + 2 + up) * ffn.d_ff
-
-
-@lru_cache(maxsize=8192)
-def recomputed_early(d_model: int, layer: LayerConfig, weights: LayerWeights, backend: Backend) -> float:
-    """Bytes that wait for the backward of a layer that is alone of its kind, while later layers have theirs.
-
-    A loop of one turn is no loop: the forward that runs again does not depend on the gradient that its backward waits
-    for, and XLA runs it before the loops over later layers. So its intermediate results, weights of the softmax and the
-    slice of the weights of attention are there beside these; of a MoE layer, what attention leaves is counted.
-    """
-    share, w = backend.share, backend.itemsize
-    widths = attention_widths(layer.attention)
-    heads = widths.query + widths.key + widths.value + widths.output
-    waits = share.tokens * (7 * d_model + heads) * w + weights.attention * w
-    if query_block(share.seq_len) == share.seq_len:
-        waits += share.sequences * layer.attention.num_heads * share.seq_len**2 * share.wide
-    if isinstance(layer.ffn, DenseFFN):
-        waits += share.tokens * layer.ffn.d_ff * w * (layer.ffn.num_matrices + 1)
-    return waits
+        return R * d_model * (2 * w + 2 * share.itemsize) + once, R * widths * ffn.d_ff
+    return 4 * R * d_model * w + once, R * w * (up + 2 + up) * ffn.d_ff
 
 
 @lru_cache(maxsize=8192)

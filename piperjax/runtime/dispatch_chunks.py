@@ -23,6 +23,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from piperjax.runtime.dispatcher import DISPATCHED, Dispatcher, ExpertFFN, Sharing
+from piperjax.runtime.ties import tied
 from piperjax.runtime.varying import vary_like
 
 
@@ -93,7 +94,7 @@ def _hold(hold: Callable[[list[jax.Array]], list[jax.Array]], made: list) -> Non
 @jax.custom_vjp
 def _until_all_are_there(leaves: list[jax.Array]) -> list[jax.Array]:
     return lax.platform_dependent(
-        leaves, cpu=lambda leaves: _tied(leaves, to=leaves), default=lax.optimization_barrier
+        leaves, cpu=lambda leaves: tied(leaves, to=leaves), default=lax.optimization_barrier
     )
 
 
@@ -110,20 +111,11 @@ def _after(first: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
 
 @jax.custom_vjp
 def _wait(leaves: list[jax.Array], first: jax.Array) -> list[jax.Array]:
-    def tied(leaves, first):
-        return _tied(leaves, to=[first])
+    def wait(leaves, first):
+        return tied(leaves, to=[first])
 
-    return lax.platform_dependent(leaves, first, cpu=tied, default=lambda leaves, _: leaves)
+    return lax.platform_dependent(leaves, first, cpu=wait, default=lambda leaves, _: leaves)
 
 
 # Backward, exchanges of the same kind come first by themselves: nothing else is ready as soon.
 _wait.defvjp(lambda leaves, first: (_wait(leaves, first), None), lambda _, dy: (dy, None))
-
-
-def _tied(leaves: list[jax.Array], *, to: list[jax.Array]) -> list[jax.Array]:
-    """The same values, each of which needs all others. That the condition always holds is nothing that XLA sees."""
-    bits = jnp.int32(0)
-    for leaf in to:
-        corner = lax.slice(leaf, (0,) * leaf.ndim, (1,) * leaf.ndim).reshape(()).astype(jnp.float32)
-        bits ^= lax.bitcast_convert_type(corner, jnp.int32)
-    return [jnp.where((bits | 1) != 0, leaf, jnp.zeros((), leaf.dtype)) for leaf in leaves]

@@ -22,6 +22,7 @@ from piperjax.runtime.layout import LayerLayout
 from piperjax.runtime.passes import LayerPasses, Surroundings
 from piperjax.runtime.program import Call
 from piperjax.runtime.runs import Walk
+from piperjax.runtime.ties import corner, tied
 from piperjax.runtime.varying import vary
 
 # For each layer kind, one buffer [slot, L_kind, ...] per array.
@@ -194,8 +195,11 @@ class Stage:
         """One layer: (gradient, grads, taps) -> (input gradient, grads, taps)."""
         gradient, grads, taps = carry
         index, surroundings = self._at(place, position)
-        kept = [slots.read(buffer, place.slot, index) for buffer in stash[kind]]
-        arguments = (self._weights(kind, place.chunk, index), kept, surroundings, gradient, scale)
+        slot, chunk, at = self._late(kind, (place.slot, place.chunk, index), gradient)
+        kept = [slots.read(buffer, slot, at) for buffer in stash[kind]]
+        if stash[kind][0].shape[:2] == (1, 1):  # There is no other place, so indices do not matter.
+            kept = self._late(kind, kept, gradient)
+        arguments = (self._weights(kind, chunk, at), kept, surroundings, gradient, scale)
 
         def carried(results):
             x_grad, weight_grads, *values = results
@@ -290,16 +294,36 @@ class Stage:
     def weight_gradient(self, place: Place, *, grads: dict, taps: Buffers) -> dict:
         """Per device: adds the weight gradients that `backward` left; returns the accumulators."""
 
-        def body(kind: str, position: jax.Array, grads: dict) -> Call:
+        def body(kind: str, position: jax.Array, carry) -> Call:
+            grads, last = carry
             index, surroundings = self._at(place, position)
-            values = [slots.read(buffer, place.tap_slot, index) for buffer in taps[kind]]
-            weights = self._weights(kind, place.chunk, index)
-            call = self.passes[kind].weight_gradient(weights, values, surroundings)
-            return call.then(
-                lambda found: self._added(grads, kind, found, place.chunk, index), "weight_gradient"
-            )
+            tap_slot, chunk, at = self._late(kind, (place.tap_slot, place.chunk, index), last)
+            values = [slots.read(buffer, tap_slot, at) for buffer in taps[kind]]
+            call = self.passes[kind].weight_gradient(self._weights(kind, chunk, at), values, surroundings)
 
-        return self._layers(place.chunk, body, grads)
+            def carried(found):
+                largest = max((grad for grad in found if grad is not None), key=lambda grad: grad.size)
+                made = None if last is None else corner(largest)
+                return self._added(grads, kind, found, place.chunk, index), made
+
+            return call.then(carried, "weight_gradient")
+
+        # An element of what the layer before has made. One of the accumulators would keep sums from being in place.
+        last = vary(jnp.float32(0)) if any(map(self._is_alone, taps)) else None
+        return self._layers(place.chunk, body, (grads, last))[0]
+
+    def _is_alone(self, kind: str) -> bool:
+        """Whether there are loops over layers of other kinds, and none over more than one of this kind."""
+        runs = self.layout.runs
+        return runs.num_kinds > 1 and runs.count[..., self.layout.kinds.index(kind)].max() <= 1
+
+    def _late(self, kind: str, values, first: jax.Array):
+        """The same values, not known before `first`, if a loop over layers of a kind would not change them.
+
+        A loop over one layer, or none, reads the same weights and the same of what was kept in every turn. All that
+        follows from these alone would run before the loops, for every kind at once and even if there is no layer.
+        """
+        return tied(values, to=[first]) if self._is_alone(kind) else values
 
     def stash_of_one(self) -> Buffers:
         """Buffers for what the layers of one stage keep of one microbatch."""

@@ -2,15 +2,13 @@
 
 import pytest
 
-from benchmarks.memory import scaled
 from models.presets import preset
 from piperjax.planner import workspace
-from piperjax.planner.kept import Share, kept_bytes
+from piperjax.planner.kept import Share, kept_bytes, message_bytes
 from piperjax.planner.storage import storage
 from piperjax.planner.workspace import Backend
 
 TINY = preset("tiny")
-BENCHMARKED = scaled("deepseek_moe_16b", num_experts=16)
 STORED = storage(TINY, (4,), pipe=1, data=1, expert=1, dtype="float32")
 
 
@@ -36,6 +34,14 @@ def test_scores_of_attention_are_quadratic_up_to_the_longest_whole_sequence_and_
 def test_rows_of_dispatch_follow_the_devices_that_share_experts():
     alone, shared = (backward("moe", sequences=8, seq_len=16, expert=expert).dispatch for expert in (1, 4))
     assert shared == pytest.approx(4 * alone)  # Dropless: every device has room for all that could come.
+
+
+def test_rows_that_crossed_once_are_weighed_beside_their_messages():
+    where = dict(sequences=8, expert=4, nodes=2, dispatch="halo2_dedup")
+    share, ffn, D = Share(seq_len=64, dtype="float32", **where), TINY.kinds["moe"].ffn, TINY.d_model
+    rows = share.buffers(ffn)
+    messages = rows.arrived * message_bytes(D, ffn, share)
+    assert backward("moe", **where).dispatch == 5 * rows.experts * D * 4 + messages
 
 
 def test_an_input_gradient_needs_less_than_a_backward():
@@ -66,15 +72,6 @@ def test_narrow_elements_leave_out_what_is_kept_in_float32():
     stash = kept_bytes(TINY.d_model, layer, share, "stash")
     narrow = 2 * workspace.narrow_elements(kept_bytes, TINY.d_model, layer, share, "stash")
     assert 0 < narrow < stash
-
-
-def test_what_a_dense_layer_alone_of_its_kind_leaves_drawn_out():
-    share, layer = Share(sequences=4, seq_len=128, dtype="float32"), BENCHMARKED.kinds["dense"]
-    stored = storage(BENCHMARKED, (4,), pipe=1, data=1, expert=8, dtype="float32").layers["dense"]
-    found = workspace.recomputed_early(320, layer, stored, Backend(widens=True, share=share))
-    # As in XLA's buffers of the step: 11 rows of 320, both products together, SwiGLU's two factors, softmax, weights.
-    rows, hidden, scores = 512 * 320, 512 * (2 + 1 + 1) * 1712, 4 * 4 * 128 * 128
-    assert found == 4 * (11 * rows + hidden + scores + 4 * 320 * 320 + 2 * 320)
 
 
 def test_logits_are_there_three_times_in_float32():

@@ -1,5 +1,6 @@
 """What the compiler makes of a step: memory that does not follow microbatches, no scatter, GPU lowering."""
 
+import dataclasses
 import re
 from collections import Counter
 
@@ -58,6 +59,21 @@ def test_the_gradients_of_all_layers_are_there_once(make_model, options):
     assert large_copies(compiled.as_text(), largest) == []
     if max(stages) > 1:
         assert compiled.memory_analysis().temp_size_in_bytes < accumulators + working
+
+
+@pytest.mark.parametrize("schedule", ["one_f_one_b", "zb_h1"])
+def test_nothing_of_a_layer_runs_before_its_loop(schedule):
+    # One rank has a dense layer and the other one with experts, so every loop over layers has one turn or none: what a
+    # turn does not change, such as a forward that runs again, would be computed for both kinds and wait.
+    layers = dense_model(d_model=48, num_layers=1).layers + moe_model(d_model=48, num_layers=1).layers
+    config = dataclasses.replace(moe_model(d_model=48), layers=layers)
+    executor = make_executor(config, pipe=2, num_microbatches=4, seq_len=32, schedule=schedule)
+    found = []
+    for computation in compiled_step(executor).as_text().split("\n\n"):
+        loops = re.findall(r" while\(.*op_name=\"[^\"]*/(layers_\w+)/while\"", computation)
+        work = re.findall(r"op_name=\"[^\"]*/(layers_\w+)/while/body/[^\"]*dot_general\"", computation)
+        found += [kind for kind in work if kind in loops]
+    assert found == []
 
 
 def without_embedding_gradient(hlo):
