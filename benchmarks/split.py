@@ -46,7 +46,7 @@ def passes_of(config: ModelConfig, mode: str, x: jax.Array) -> tuple[LayerPasses
     passes = LayerPasses(
         transformer.layer_function(config, kind),
         MEMORY_MODES[mode].policy,
-        lambda surroundings: transformer.reference_context(*surroundings),
+        lambda surroundings: transformer.reference_context(*surroundings.arrays()),
         weights,
         vary(x),
         surroundings,

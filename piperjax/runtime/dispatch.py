@@ -6,22 +6,22 @@ what they do is in `dispatch_copies` and `dispatch_nodes`.
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from piperjax.planner.dispatchers import check_overflow
 from piperjax.runtime import dispatch_passes
 from piperjax.runtime.dispatch_copies import COPIES
 from piperjax.runtime.dispatch_nodes import ONCE_PER_NODE
-from piperjax.runtime.dispatcher import ExpertFFN, Sharing
+from piperjax.runtime.dispatcher import Sharing
 from piperjax.runtime.permute import take
 from piperjax.runtime.varying import vary, vary_like
 
-Experts = Callable[[ExpertFFN, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
+# (expert_ffn, x, expert_ids, gates, num_experts, placement=None) -> (y, overflow)
+Experts = Callable[..., tuple[jax.Array, jax.Array]]
 
 DISPATCHERS = {dispatcher.name: dispatcher for dispatcher in (*COPIES, *ONCE_PER_NODE)}
 
@@ -30,7 +30,6 @@ def make_experts(
     dispatch: str,
     axes: tuple[str, ...],
     capacity_factor: float,
-    physical_of_logical: Sequence[int] | None = None,
     *,
     chunks: int = 1,
     overflow: str = "drop",
@@ -39,14 +38,14 @@ def make_experts(
     """Returns the `experts` function of a layer context, which runs per device.
 
     It takes (expert_ffn, x [T, D], expert_ids [T, k] int32, gates [T, k], num_experts), where the k experts of a
-    token are distinct, and returns (y [T, D], number of rows here that found no room as a float32 scalar).
+    token are distinct, and returns (y [T, D], number of rows here that found no room as a float32 scalar). With
+    `placement` [E] int32, expert e is the physical expert placement[e] (`piperjax.runtime.placement`).
 
     Args:
       dispatch: name of a dispatcher.
       axes: mesh axes whose devices share the experts, outermost first. Device p of P along them holds physical
         experts p E/P to (p + 1) E/P - 1.
       capacity_factor: rows that a device accepts from another at a time, over the balanced T k / P; 0 accepts all.
-      physical_of_logical: the physical expert of every logical one [E]; None if they are the same.
       chunks: parts in which the tokens travel, one after the other (`dispatch_chunks`).
       overflow: what becomes of rows that find no room: "drop" them, or let them travel in later "passes"
         (`dispatch_passes`).
@@ -67,16 +66,15 @@ def make_experts(
     if chunks < 1:
         raise ValueError(f"dispatch_chunks must be at least 1, got {chunks}")
     check_overflow(overflow, capacity_factor)
-    table = None if physical_of_logical is None else _table(physical_of_logical)
 
-    def experts(expert_ffn, x, expert_ids, gates, num_experts):
+    def experts(expert_ffn, x, expert_ids, gates, num_experts, placement=None):
         expert_ids = expert_ids.astype(jnp.int32)
-        if table is not None:
-            if table.size != num_experts:
+        if placement is not None:
+            if placement.shape != (num_experts,):
                 raise ValueError(
-                    f"physical_of_logical must place the {num_experts} experts of the model, got {table.size}"
+                    f"a placement must hold the {num_experts} experts of the model, got {list(placement.shape)}"
                 )
-            expert_ids = take(jnp.asarray(table), expert_ids)
+            expert_ids = take(placement, expert_ids)
         if len(expert_ids) % chunks:
             raise ValueError(
                 f"dispatch_chunks must divide the {len(expert_ids)} tokens of a microbatch on a device, got {chunks}"
@@ -97,13 +95,3 @@ def make_experts(
         return dispatch_passes.run_all(way, expert_ffn, *tokens, splits=splits)
 
     return experts
-
-
-def _table(physical_of_logical: Sequence[int]) -> np.ndarray:
-    table = np.asarray(physical_of_logical, np.int32)
-    if table.ndim != 1 or not np.array_equal(np.sort(table), np.arange(table.size)):
-        raise ValueError(
-            "physical_of_logical must hold every physical expert 0 to E-1 once, got "
-            f"{np.array2string(table, threshold=16)}"
-        )
-    return table

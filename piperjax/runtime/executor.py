@@ -19,6 +19,7 @@ from models import transformer
 from models.config import ModelConfig
 from piperjax.planner.plan import Plan
 from piperjax.runtime import layout as layouts
+from piperjax.runtime import placement as placements
 from piperjax.runtime.stage import LayerTable
 from piperjax.runtime.step import Step
 from piperjax.schedules.classic import forward_only_like
@@ -130,14 +131,18 @@ class Executor:
         """Initial parameters on their devices; the same logical values on every mesh."""
         return jax.jit(self._initial, out_shardings=self.param_shardings)(np.uint32(seed))
 
-    def to_logical(self, tree: dict) -> dict:
-        """Device layout to logical, mesh-independent arrays."""
+    def to_logical(self, tree: dict, placement: jax.Array | None = None) -> dict:
+        """Device layout, experts where the placement says, to logical, mesh-independent arrays."""
         out = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_logical)
-        return jax.jit(self._to_logical, out_shardings=out)(tree)
+        return jax.jit(self._to_logical, out_shardings=out)(tree, placement)
 
-    def from_logical(self, tree: dict) -> dict:
-        """Logical arrays to device layout."""
-        return jax.jit(self._from_logical, out_shardings=self.param_shardings)(tree)
+    def from_logical(self, tree: dict, placement: jax.Array | None = None) -> dict:
+        """Logical arrays to device layout, experts where the placement says."""
+        return jax.jit(self._from_logical, out_shardings=self.param_shardings)(tree, placement)
+
+    def move_experts(self, tree: dict, source: jax.Array) -> dict:
+        """A tree in device layout, its physical expert e of a layer that at `source` [layer, e] in the given one."""
+        return jax.jit(self._move_experts, out_shardings=self.param_shardings)(tree, source)
 
     def _initial(self, seed: jax.Array) -> dict:
         outer = transformer.init_outer(self.config, seed)
@@ -152,32 +157,45 @@ class Executor:
         padded = {k: v if k == "final_norm" else jnp.pad(v, ((0, pad), (0, 0))) for k, v in outer.items()}
         return jax.tree.map(lambda leaf: leaf.astype(self.master_dtype), {**padded, "layers": layers})
 
-    def _to_logical(self, tree: dict) -> dict:
+    def _to_logical(self, tree: dict, placement: jax.Array | None = None) -> dict:
+        if placement is not None:
+            tree = self._move_experts(tree, placement)
         return layouts.logical_from_device(self.config, self.layout, tree)
 
-    def _from_logical(self, tree: dict) -> dict:
-        return layouts.device_from_logical(self.config, self.layout, self.plan.pipe, tree)
+    def _from_logical(self, tree: dict, placement: jax.Array | None = None) -> dict:
+        tree = layouts.device_from_logical(self.config, self.layout, self.plan.pipe, tree)
+        return tree if placement is None else self._move_experts(tree, placements.inverse(placement))
+
+    def _move_experts(self, tree: dict, source: jax.Array) -> dict:
+        return placements.moved_experts(
+            self.config, self.layout, self.leaf_shardings, self.mesh, tree, source
+        )
 
     # Steps
 
-    def gradients(self, params: dict, router_bias: jax.Array, batch: dict) -> tuple[dict, StepStats]:
+    def gradients(
+        self, params: dict, router_bias: jax.Array, batch: dict, placement: jax.Array | None = None
+    ) -> tuple[dict, StepStats]:
         """Gradients of a step's loss and its statistics (traceable; call inside jit).
 
         Args:
           params: as `abstract_params`.
           router_bias: `[num_moe_layers, E]` float32.
           batch: `BATCH_FIELDS`, each [M, B, S]; weights float32, the others int32.
+          placement: `[num_moe_layers, E]` int32, the physical expert of every logical one; None if they are the same.
         """
         specs = jax.tree.map(lambda leaf: leaf.gradient_spec, self.leaf_shardings)
-        return self._run(self.lowered, params, router_bias, batch, grad_specs=specs)
+        return self._run(self.lowered, params, (router_bias, placement), batch, grad_specs=specs)
 
-    def evaluate(self, params: dict, router_bias: jax.Array, batch: dict) -> StepStats:
+    def evaluate(
+        self, params: dict, router_bias: jax.Array, batch: dict, placement: jax.Array | None = None
+    ) -> StepStats:
         """Loss and statistics of a batch without gradients (traceable; call inside jit)."""
         microbatches = batch["tokens"].shape[0]
         lowered = lower(pack(forward_only_like(self.plan.build_schedule(), microbatches)))
-        return self._run(lowered, params, router_bias, batch, grad_specs={})[1]
+        return self._run(lowered, params, (router_bias, placement), batch, grad_specs={})[1]
 
-    def _run(self, lowered: LoweredSchedule, params, router_bias, batch, *, grad_specs):
+    def _run(self, lowered: LoweredSchedule, params, by_layer: tuple, batch, *, grad_specs):
         param_specs = jax.tree.map(lambda leaf: leaf.spec, self.leaf_shardings)
         runs = self.layout.runs
         table = LayerTable(self.layout.index, self.layout.moe_index, runs.first, runs.count)
@@ -195,8 +213,8 @@ class Executor:
             layer_functions=self.layer_functions,
         )
 
-        def body(params, router_bias, batch, table, columns):
-            return step.run(params, router_bias, batch, table, columns)
+        def body(params, by_layer, batch, table, columns):
+            return step.run(params, by_layer, batch, table, columns)
 
         stats_specs = (P(), P(), P(), P(PIPE), P())
         grads, (loss, aux, num_tokens, load, overflow) = jax.shard_map(
@@ -205,7 +223,7 @@ class Executor:
             in_specs=(param_specs, P(), P(None, BATCH, None), P(PIPE), (P(None, PIPE), P())),
             out_specs=(grad_specs, stats_specs),
             check_vma=True,
-        )(params, router_bias, {name: batch[name] for name in BATCH_FIELDS}, table, columns)
+        )(params, by_layer, {name: batch[name] for name in BATCH_FIELDS}, table, columns)
         load = load.reshape(self.layout.layer.size, self.config.num_experts)[self._moe_places]
         return grads, StepStats(loss, aux / batch["tokens"].shape[0], num_tokens, load, overflow)
 

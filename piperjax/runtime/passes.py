@@ -72,11 +72,22 @@ MEMORY_MODES = {
 
 
 class Surroundings(NamedTuple):
-    """Arrays of a layer's context: positions and segment_ids [B, S], router_bias [E]."""
+    """Arrays of a layer's context.
+
+    Attributes:
+      positions, segment_ids: [B, S].
+      router_bias: [E].
+      placement: the physical expert of every logical one [E]; None if they are the same.
+    """
 
     positions: jax.Array
     segment_ids: jax.Array
     router_bias: jax.Array
+    placement: jax.Array | None = None
+
+    def arrays(self) -> list[jax.Array]:
+        """Those that are there."""
+        return jax.tree.leaves(self)
 
 
 class Result(NamedTuple):
@@ -138,7 +149,7 @@ class LayerPasses:
                 results, stats = layer(weights, values[num_weights], Surroundings(*values[num_weights + 1 :]))
                 return [*results, *stats]
 
-            self._forward = trace(evaluate, *leaves, x, *surroundings)
+            self._forward = trace(evaluate, *leaves, x, *surroundings.arrays())
             return
         if policy is not None:
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
@@ -153,7 +164,7 @@ class LayerPasses:
             residuals, vjp_structure = jax.tree.flatten(vjp)
             return [*results, *stats, *residuals]
 
-        program = trace(forward, *leaves, x, *surroundings)
+        program = trace(forward, *leaves, x, *surroundings.arrays())
         free = (*program.inputs[:num_weights], *program.inputs[num_weights + 1 :])
         results, residuals = program.outputs[:4], program.outputs[4:]
         kept = program.to_keep(residuals, free)
@@ -170,7 +181,7 @@ class LayerPasses:
 
         dummies = [vary(jnp.zeros(v.shape, v.dtype)) for v in self.kept]
         y, aux = (vary(jnp.zeros(v.aval.shape, v.aval.dtype)) for v in results[:2])
-        self._backward = trace(backward, *dummies, *leaves, *surroundings, y, aux)
+        self._backward = trace(backward, *dummies, *leaves, *surroundings.arrays(), y, aux)
         if splits:
             self._split(weights, len(kept))
 
@@ -199,7 +210,7 @@ class LayerPasses:
         leaves = jax.tree.leaves(weights)
         return Call(
             self._forward,
-            (*leaves, x, *surroundings),
+            (*leaves, x, *surroundings.arrays()),
             len(leaves),
             lambda values: (Result(*values[:4]), values[4:]),
         )
@@ -208,7 +219,7 @@ class LayerPasses:
         self, weights: dict, kept: list, surroundings: Surroundings, gradient: jax.Array, aux_gradient
     ) -> Call:
         """Gradient of the input, and a list of those of all weights."""
-        values = (*kept, *jax.tree.leaves(weights), *surroundings, gradient, aux_gradient)
+        values = (*kept, *jax.tree.leaves(weights), *surroundings.arrays(), gradient, aux_gradient)
         return Call(self._backward, values, len(values) - 2, lambda values: (values[0], values[1:]))
 
     def input_gradient(
@@ -223,7 +234,7 @@ class LayerPasses:
             grads = [None if is_later else next(now) for is_later in self._is_later]
             return x_grad, grads, values[num_now:]
 
-        values = (*kept, *jax.tree.leaves(weights), *surroundings, gradient, aux_gradient)
+        values = (*kept, *jax.tree.leaves(weights), *surroundings.arrays(), gradient, aux_gradient)
         return Call(self._input_gradient, values, len(values) - 2, finish)
 
     def weight_gradient(self, weights: dict, taps: list, surroundings: Surroundings) -> Call:
@@ -233,7 +244,9 @@ class LayerPasses:
             later = iter(values)
             return [next(later) if is_later else None for is_later in self._is_later]
 
-        return Call(self._weight_gradient, (*taps, *jax.tree.leaves(weights), *surroundings), 0, finish)
+        return Call(
+            self._weight_gradient, (*taps, *jax.tree.leaves(weights), *surroundings.arrays()), 0, finish
+        )
 
 
 def _shapes(variables) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -91,14 +91,12 @@ class Step:
     buffer_fill: float
     layer_functions: dict[str, Any] | None
 
-    def run(
-        self, params: dict, router_bias: jax.Array, batch: dict, table: LayerTable, columns: tuple[dict, dict]
-    ):
+    def run(self, params: dict, by_layer: tuple, batch: dict, table: LayerTable, columns: tuple[dict, dict]):
         """Per device: runs every tick.
 
         Args:
           params: this device's share at rest.
-          router_bias: `[num_moe_layers, E]`.
+          by_layer: what `Surroundings` has of every layer with experts, router bias first, `[num_moe_layers, E]` each.
           batch: this device's rows [M, B, S].
           table: layer columns, `[1, chunk, position]`.
           columns: rank columns `[ticks, 1, ...]` and tick columns `[ticks]` of the lowered schedule, by name.
@@ -107,7 +105,7 @@ class Step:
           Gradients at rest (empty without backward), and (loss, aux loss, tokens, load, overflow).
         """
         copy = step_end.compute_copy(params, self.leaf_shardings, self.plan, self.dtype)
-        scan = _Scan(self, copy, vary(router_bias), batch, table)
+        scan = _Scan(self, copy, vary(by_layer), batch, table)
         rank_columns = {name: column[:, 0] for name, column in columns[0].items()}
         carry, _ = lax.scan(scan.tick, scan.initial_carry(), (rank_columns, columns[1]))
         grads = {}
@@ -121,10 +119,10 @@ class Step:
 class _Scan:
     """Per device: what every tick reads besides its columns, and the tick itself."""
 
-    def __init__(self, step: Step, params: dict, router_bias: jax.Array, batch: dict, table: LayerTable):
+    def __init__(self, step: Step, params: dict, by_layer: tuple, batch: dict, table: LayerTable):
         self.config, self.plan, self.lowered = step.config, step.plan, step.lowered
         self.dtype, self.master_dtype, self.buffer_fill = step.dtype, step.master_dtype, step.buffer_fill
-        self.params, self.router_bias, self.batch = params, router_bias, vary(batch)
+        self.params, self.by_layer, self.batch = params, by_layer, vary(batch)
         wide = jnp.promote_types(step.dtype, jnp.float32)
         self.num_tokens = lax.psum(batch["weights"].sum(), BATCH)
         # An all-padding batch has no loss and must not divide by zero.
@@ -395,27 +393,26 @@ class _Scan:
         rows = [slots.read(self.batch[name], microbatch) for name in ("positions", "segment_ids")]
 
         def surroundings(moe_index):
-            bias = self.router_bias
-            return Surroundings(*rows, slots.read(bias, moe_index) if self.config.moe_layers else bias)
+            if not self.config.moe_layers:
+                return Surroundings(*rows, *self.by_layer)
+            return Surroundings(*rows, *jax.tree.map(lambda rows: slots.read(rows, moe_index), self.by_layer))
 
         return surroundings
 
     def _context(self, surroundings: Surroundings) -> LayerContext:
         return LayerContext(
-            **surroundings._asdict(),
-            experts=self.experts,
+            positions=surroundings.positions,
+            segment_ids=surroundings.segment_ids,
+            router_bias=surroundings.router_bias,
+            experts=partial(self.experts, placement=surroundings.placement),
             grouped_matmul=grouped_matmul,
-            all_sum=_sum_over_batch,
+            all_sum=lambda x: vary(lax.psum(x, BATCH)),
             num_shards=self.plan.data * self.plan.expert,
         )
 
 
 def _unchanged(carry: _Carry) -> _Carry:
     return carry
-
-
-def _sum_over_batch(x: jax.Array) -> jax.Array:
-    return vary(lax.psum(x, BATCH))
 
 
 def _shifted(x: jax.Array, shift: int, size: int) -> jax.Array:

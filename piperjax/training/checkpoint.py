@@ -27,8 +27,9 @@ class Checkpoints:
     """The checkpoints of one run, `<directory>/checkpoints/<step>/`.
 
     Arrays are in the logical layout of `executor.to_logical`: parameters, both moments and the router bias,
-    [L, ...] per kind of layer. Beside them a description in JSON, with a checksum of every array. A checkpoint
-    appears under its name only when it is whole, and is never written over.
+    [L, ...] per kind of layer, and where experts are not in order, which physical one each of them was. Beside
+    them a description in JSON, with a checksum of every array. A checkpoint appears under its name only when it is
+    whole, and is never written over.
 
     Args:
       directory: run directory.
@@ -153,7 +154,7 @@ class Checkpoints:
           ValueError: if the checkpoint is damaged or belongs to another model.
         """
         description = self.describe(step)
-        abstract = logical.abstract_logical(executor)
+        abstract = logical.abstract_logical(executor, placed=logical.PLACEMENT in description["arrays"])
         self._check_shapes(step, description["arrays"], abstract)
         items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
         with self._reading(step):

@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from piperjax.runtime import placement as placements
 from piperjax.training.optimizer import Moments
 from piperjax.training.state import Executor, TrainState, replicated, router_bias_shape, state_shardings
+
+# The table of physical experts, among the arrays of a state that has one.
+PLACEMENT = "placement"
 
 Arrays = dict[str, Any]
 Contents = dict[str, dict[str, Any]]
@@ -27,30 +31,38 @@ def to_logical(executor: Executor, state: TrainState) -> tuple[Arrays, Contents]
     }
     arrays, sums = {}, {}
     for name, tree in trees.items():
-        arrays[name], found = _converter(executor)(tree)
+        arrays[name], found = _converter(executor)(tree, state.placement)
         sums |= {f"{name}/{leaf}": value for leaf, value in found.items()}
+    tables = {}
     if state.router_bias.size:  # arrays without elements cannot be stored
-        arrays["router_bias"] = jnp.copy(state.router_bias)
-        sums |= jax.jit(_checksums)({"router_bias": arrays["router_bias"]})
+        tables["router_bias"] = jnp.copy(state.router_bias)
+    if state.placement is not None:
+        tables[PLACEMENT] = jnp.copy(state.placement)
+    arrays |= tables
+    sums |= jax.jit(_checksums)(tables)
     return arrays, _described(arrays, sums)
 
 
 def from_logical(executor: Executor, arrays: Arrays, *, step: int) -> TrainState:
-    """Returns the state after `step` steps on the executor's mesh."""
-    shardings = state_shardings(executor)
+    """Returns the state after `step` steps on the executor's mesh, experts where the arrays say."""
+    shardings, placement = state_shardings(executor), arrays.get(PLACEMENT)
+    if placement is not None:
+        placements.check(placement, executor.config)
+        placement = jax.device_put(placement, replicated(executor))
     router_bias = arrays.get("router_bias", np.zeros(router_bias_shape(executor.config), np.float32))
     return TrainState(
         step=jax.device_put(np.int32(step), shardings.step),
-        params=executor.from_logical(arrays["params"]),
+        params=executor.from_logical(arrays["params"], placement),
         moments=Moments(
-            executor.from_logical(arrays["first_moment"]), executor.from_logical(arrays["second_moment"])
+            *(executor.from_logical(arrays[name], placement) for name in ("first_moment", "second_moment"))
         ),
         router_bias=jax.device_put(router_bias, shardings.router_bias),
+        placement=placement,
     )
 
 
-def abstract_logical(executor: Executor) -> Arrays:
-    """Returns shapes, dtypes and shardings of `to_logical`'s arrays."""
+def abstract_logical(executor: Executor, *, placed: bool = False) -> Arrays:
+    """Returns shapes, dtypes and shardings of `to_logical`'s arrays, for a state with a placement or without."""
     logical, shape = executor.abstract_logical, router_bias_shape(executor.config)
 
     def moment(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -61,6 +73,8 @@ def abstract_logical(executor: Executor) -> Arrays:
     arrays = {"params": logical, "first_moment": moments, "second_moment": moments}
     if all(shape):
         arrays["router_bias"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=replicated(executor))
+    if placed:
+        arrays[PLACEMENT] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(executor))
     return arrays
 
 
@@ -78,12 +92,12 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4)
-def _converter(executor: Executor) -> Callable[[Any], tuple[Any, dict[str, jax.Array]]]:
+def _converter(executor: Executor) -> Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]:
     """Returns the compiled conversion of a params-like tree; compiled once, for it runs at every checkpoint."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, executor.abstract_logical)
 
-    def convert(tree: Any) -> tuple[Any, dict[str, jax.Array]]:
-        converted = executor.to_logical(tree)
+    def convert(tree: Any, placement: Any) -> tuple[Any, dict[str, jax.Array]]:
+        converted = executor.to_logical(tree, placement)
         return converted, _checksums(converted)
 
     return jax.jit(convert, out_shardings=(shardings, replicated(executor)))

@@ -5,10 +5,12 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig, MoEFFN
+from piperjax.runtime import placement as placements
 from piperjax.training import optimizer
 from piperjax.training.config import OptimizerConfig, TrainConfig
 from piperjax.training.optimizer import Moments
@@ -26,17 +28,24 @@ class Executor(Protocol):
     def init_params(self, seed: int) -> Any:
         """Returns initial parameters on their devices."""
 
-    def gradients(self, params: Any, router_bias: jax.Array, batch: dict) -> tuple[Any, Any]:
+    def gradients(
+        self, params: Any, router_bias: jax.Array, batch: dict, placement: jax.Array | None = None
+    ) -> tuple[Any, Any]:
         """Returns gradients like `params`, and StepStats."""
 
-    def evaluate(self, params: Any, router_bias: jax.Array, batch: dict) -> Any:
+    def evaluate(
+        self, params: Any, router_bias: jax.Array, batch: dict, placement: jax.Array | None = None
+    ) -> Any:
         """Returns StepStats."""
 
-    def to_logical(self, tree: Any) -> Any:
+    def to_logical(self, tree: Any, placement: jax.Array | None = None) -> Any:
         """Returns a params-like tree in the layout which knows no mesh."""
 
-    def from_logical(self, tree: Any) -> Any:
+    def from_logical(self, tree: Any, placement: jax.Array | None = None) -> Any:
         """Returns the inverse of `to_logical`."""
+
+    def move_experts(self, tree: Any, source: jax.Array) -> Any:
+        """Returns a params-like tree whose physical expert e of a layer is expert source[layer, e] of the given one."""
 
 
 class TrainState(NamedTuple):
@@ -47,12 +56,15 @@ class TrainState(NamedTuple):
       params: master parameters, float32, in device layout.
       moments: of AdamW, sharded as `params`.
       router_bias: `[num_moe_layers, E]` float32, replicated; zero unless a router balances by bias.
+      placement: `[num_moe_layers, E]` int32, replicated: the physical expert of every logical one
+        (`piperjax.runtime.placement`). None if they are the same, and then nothing is looked up.
     """
 
     step: jax.Array
     params: Any
     moments: Moments
     router_bias: jax.Array
+    placement: jax.Array | None = None
 
 
 class StepMetrics(NamedTuple):
@@ -85,7 +97,7 @@ def replicated(executor: Executor) -> NamedSharding:
 
 
 def state_shardings(executor: Executor) -> TrainState:
-    """Returns the sharding of every leaf of a TrainState; moments are sharded as their parameters."""
+    """Returns the sharding of every leaf of a TrainState without placement; moments are sharded as their parameters."""
     params = jax.tree.map(lambda leaf: leaf.sharding, executor.abstract_params)
     everywhere = replicated(executor)
     return TrainState(step=everywhere, params=params, moments=Moments(params, params), router_bias=everywhere)
@@ -103,6 +115,24 @@ def init_state(executor: Executor, seed: int) -> TrainState:
     out = (shardings.step, shardings.moments, shardings.router_bias)
     step, moments, router_bias = jax.jit(rest, out_shardings=out)(params)
     return TrainState(step=step, params=params, moments=moments, router_bias=router_bias)
+
+
+def place_experts(executor: Executor, state: TrainState, placement: np.ndarray) -> TrainState:
+    """Returns the same state with its experts where a placement [num_moe_layers, E] says: weights and both moments.
+
+    The function that is computed does not change. A step compiled for a state without placement is not for this one;
+    from one placement to another nothing is compiled again.
+
+    Raises:
+      ValueError: if that is no placement of the model's experts.
+    """
+    placements.check(placement, executor.config)
+    placement = jax.device_put(np.asarray(placement, np.int32), replicated(executor))
+    source = placements.inverse(placement)
+    if state.placement is not None:
+        source = jnp.take_along_axis(state.placement, source, axis=1)
+    params, first, second = (executor.move_experts(tree, source) for tree in (state.params, *state.moments))
+    return state._replace(params=params, moments=Moments(first, second), placement=placement)
 
 
 def router_bias_shape(model: ModelConfig) -> tuple[int, int]:
@@ -135,7 +165,7 @@ def make_train_step(executor: Executor, config: TrainConfig) -> Callable[..., tu
     rates = bias_rates(executor.config)
 
     def train_step(state: TrainState, batch: dict, stop: jax.Array) -> tuple[TrainState, StepMetrics]:
-        grads, stats = executor.gradients(state.params, state.router_bias, batch)
+        grads, stats = executor.gradients(state.params, state.router_bias, batch, state.placement)
         update = _apply(config.optimizer, config.steps, state, grads)
         metrics = StepMetrics(
             loss=stats.loss,
@@ -152,10 +182,12 @@ def make_train_step(executor: Executor, config: TrainConfig) -> Callable[..., tu
             params=update.params,
             moments=update.moments,
             router_bias=updated_bias(state.router_bias, stats.load, rates),
+            placement=state.placement,
         )
         return state, metrics
 
-    out_shardings = (state_shardings(executor), replicated(executor))
+    everywhere = replicated(executor)
+    out_shardings = (state_shardings(executor)._replace(placement=everywhere), everywhere)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
@@ -166,5 +198,5 @@ def _apply(config: OptimizerConfig, num_steps: int, state: TrainState, grads: An
 
 
 def make_evaluate(executor: Executor) -> Callable[..., Any]:
-    """Returns the jitted (params, router_bias, batch) -> StepStats."""
+    """Returns the jitted (params, router_bias, batch, placement) -> StepStats."""
     return jax.jit(executor.evaluate, out_shardings=replicated(executor))

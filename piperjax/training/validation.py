@@ -37,7 +37,7 @@ def validate(
     total = num_tokens = 0.0
     for index in range(min(len(batches), config.log.validation_batches)):
         batch = distributed.place_batch(batches[index], sharding, rows=rows, num_rows=shape[1])
-        stats = evaluate(state.params, state.router_bias, batch)
+        stats = evaluate(state.params, state.router_bias, batch, state.placement)
         total += float(stats.loss) * float(stats.num_tokens)
         num_tokens += float(stats.num_tokens)
     loss = total / num_tokens

@@ -15,6 +15,7 @@ from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelCon
 from piperjax.planner.plan import Plan
 from piperjax.runtime.executor import Executor
 from piperjax.runtime.lint import check_no_deadlock
+from piperjax.runtime.placement import inverse
 from piperjax.schedules import registry
 
 BATCH_SIZE, SEQ_LEN = 64, 12
@@ -102,16 +103,19 @@ def reference(config, M, dtype="float32"):
     return float(step.cross_entropy), float(step.aux_loss), np.asarray(step.load), jax.device_get(grads)
 
 
-def check_equal(config, plan, *, tolerance, dtype="float32"):
+def check_equal(config, plan, *, tolerance, dtype="float32", placement=None):
     executor = executor_for(config, plan, dtype=dtype, master_dtype=dtype)
     batch = jax.device_put(batch_for(config.vocab_size, plan.num_microbatches), executor.batch_sharding)
-    grads, stats = jax.jit(executor.gradients)(executor.init_params(0), router_bias_for(config), batch)
+    params = executor.init_params(0)
+    if placement is not None:
+        params = executor.move_experts(params, inverse(placement))
+    grads, stats = jax.jit(executor.gradients)(params, router_bias_for(config), batch, placement)
     cross_entropy, aux_loss, load, expected = reference(config, plan.num_microbatches, dtype)
     assert abs(float(stats.loss) - cross_entropy) <= tolerance * cross_entropy
     assert abs(float(stats.aux_loss) - aux_loss) <= tolerance * max(aux_loss, 1e-3)
     assert np.array_equal(np.asarray(stats.load), load)
     assert plan.overflow == "passes" or float(stats.overflow) == 0
-    found = jax.device_get(executor.to_logical(grads))
+    found = jax.device_get(executor.to_logical(grads, placement))
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for (path, leaf), truth in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True

@@ -211,7 +211,7 @@ def test_experts_may_live_anywhere():
     moved = arrays | {
         "w": arrays["w"][np.argsort(physical)]
     }  # physical expert p holds what belongs to its logical one
-    experts = make_experts("flat", EXPERT, 0.0, physical_of_logical=tuple(physical.tolist()))
+    experts = functools.partial(make_experts("flat", EXPERT, 0.0), placement=jnp.asarray(physical, jnp.int32))
     (y2, _), (dx2, dgates2, dw2) = case.compiled(experts, grouped_matmul)(moved, ids)
     for found, wanted in ((y2, y), (dx2, dx), (dgates2, dgates), (np.asarray(dw2)[physical], dw)):
         np.testing.assert_array_equal(found, wanted)
@@ -259,19 +259,18 @@ def test_a_dispatcher_is_a_value(monkeypatch):
         ),
         (("flat", (), -1.0), "capacity_factor must be 0"),
         (("flat", (), math.nan), "capacity_factor must be 0"),
-        (("flat", (), 0.0, (0, 1, 1)), "every physical expert 0 to E-1 once"),
-        (("flat", (), 0.0, None, 0), "dispatch_chunks must be at least 1, got 0"),
+        (("flat", (), 0.0, 0), "dispatch_chunks must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_named(arguments, says):
     with pytest.raises(ValueError, match=re.escape(says)):
-        make_experts(*arguments[:4], **(dict(chunks=arguments[4]) if arguments[4:] else {}))
+        make_experts(*arguments[:3], **(dict(chunks=arguments[3]) if arguments[3:] else {}))
 
 
-def test_a_map_for_other_experts_is_refused():
-    experts = make_experts("flat", (), 0.0, (1, 0))
-    with pytest.raises(ValueError, match="must place the 8 experts of the model, got 2"):
-        experts(None, jnp.ones((4, D)), jnp.zeros((4, 2), jnp.int32), jnp.ones((4, 2)), 8)
+def test_a_placement_of_other_experts_is_refused():
+    experts, ids = make_experts("flat", (), 0.0), jnp.zeros((4, 2), jnp.int32)
+    with pytest.raises(ValueError, match=r"must hold the 8 experts of the model, got \[2\]"):
+        experts(None, jnp.ones((4, D)), ids, jnp.ones((4, 2)), 8, placement=jnp.array([1, 0]))
 
 
 def test_experts_must_divide_over_devices():

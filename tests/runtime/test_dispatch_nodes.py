@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -159,7 +160,9 @@ def test_experts_may_live_anywhere():
     ids = route(rng, "zipf", len(arrays["x"]), case.E, case.k)
     physical = rng.permutation(case.E)
     moved = arrays | {"w": arrays["w"][np.argsort(physical)]}
-    experts = make_experts("halo2_dedup", EXPERT, 0.0, physical_of_logical=tuple(physical.tolist()))
+    experts = functools.partial(
+        make_experts("halo2_dedup", EXPERT, 0.0), placement=jnp.asarray(physical, jnp.int32)
+    )
     (y, _), (dx, dgates, dw) = case.compiled(experts, masked_multiply)(moved, ids)
     expected, (truth_dx, truth_dgates, truth_dw) = truth(arrays, ids)
     assert_close(y, expected, 1e-6)

@@ -95,12 +95,14 @@ class BigramExecutor:
         out = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_params)
         return jax.jit(lambda: self._spread(self._draw(seed)), out_shardings=out)()
 
-    def to_logical(self, tree):
+    def to_logical(self, tree, placement=None):
+        del placement  # It has no experts.
         return jax.jit(
             self._collect, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract_logical)
         )(tree)
 
-    def from_logical(self, tree):
+    def from_logical(self, tree, placement=None):
+        del placement
         return jax.jit(
             self._spread, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract_params)
         )(tree)
@@ -120,10 +122,12 @@ class BigramExecutor:
         loss = (entropy * batch["weights"]).sum() / jnp.maximum(num_tokens, 1)
         return loss, Stats(loss, jnp.float32(0.01), num_tokens, load, jnp.float32(0))
 
-    def gradients(self, params, router_bias, batch):
+    def gradients(self, params, router_bias, batch, placement=None):
+        del placement
         return jax.grad(self._loss, has_aux=True)(params, router_bias, batch)
 
-    def evaluate(self, params, router_bias, batch):
+    def evaluate(self, params, router_bias, batch, placement=None):
+        del placement
         return self._loss(params, router_bias, batch)[1]
 
 

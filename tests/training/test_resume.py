@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import signal
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 from meshes.platform import load_platform
 from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN, Router
 from piperjax.planner.plan import default_plan
+from piperjax.training import loop
 from piperjax.training.config import CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
 from piperjax.training.loop import train
 from piperjax.training.sample import sample
+from piperjax.training.state import init_state, place_experts
 
 ATTENTION = GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=8)
 ROUTER = Router(score="sigmoid", balance="bias", bias_update_rate=0.01)
@@ -80,7 +83,10 @@ def logical(result):
         "first": result.state.moments.first,
         "second": result.state.moments.second,
     }
-    arrays = {name: jax.device_get(result.executor.to_logical(value)) for name, value in tree.items()}
+    arrays = {
+        name: jax.device_get(result.executor.to_logical(value, result.state.placement))
+        for name, value in tree.items()
+    }
     return arrays | {"router_bias": np.asarray(result.state.router_bias)}
 
 
@@ -115,6 +121,32 @@ def test_other_meshes_go_on_close_by(home, through, sizes):
     np.testing.assert_allclose(
         series(resumed, "validation_loss"), series(through, "validation_loss"), rtol=1e-5
     )
+
+
+def test_experts_elsewhere_learn_alike_and_go_on_anywhere(home, through, monkeypatch):
+    placement, other = np.array([[2, 0, 3, 1], [1, 3, 2, 0]]), np.array([[3, 0, 1, 2], [0, 1, 2, 3]])
+    monkeypatch.setattr(
+        loop,
+        "init_state",
+        lambda executor, seed: place_experts(executor, init_state(executor, seed), placement),
+    )
+    stopped = run(home, "placed", on_record=stop_at(4))
+    resumed = run(home, "placed", pipe=1, data=2, expert=2)
+    assert stopped.step < resumed.step
+    np.testing.assert_array_equal(resumed.state.placement, placement)
+    for name in ("loss", "grad_norm", "validation_loss"):
+        np.testing.assert_allclose(series(resumed, name), series(through, name), rtol=1e-5)
+    assert sample(resumed.config.out, "It was", num_tokens=10, temperature=0.0) == sample(
+        through.config.out, "It was", num_tokens=10, temperature=0.0
+    )
+    found = logical(resumed)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-4), found, logical(through))
+    # From there they move on, and are the same.
+    moved = place_experts(resumed.executor, resumed.state, other)
+    again = logical(dataclasses.replace(resumed, state=moved))
+    jax.tree.map(np.testing.assert_array_equal, again, found)
+    down = resumed.state.params["layers"]["moe"]["ffn"]["experts"]["down"]
+    assert (np.asarray(down) != np.asarray(moved.params["layers"]["moe"]["ffn"]["experts"]["down"])).any()
 
 
 def test_the_first_loss_and_ten_steps_do_not_depend_on_the_mesh(home, through):

@@ -49,7 +49,8 @@ class OneDevice:
         here = NamedSharding(self.mesh, P())
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
 
-    def to_logical(self, tree):
+    def to_logical(self, tree, placement=None):
+        del placement
         return tree
 
 
