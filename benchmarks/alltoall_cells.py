@@ -174,7 +174,7 @@ SWEEP: tuple[Cell, ...] = (
         experts_per_token=6,
         tokens=4,
         d_model=1024,
-        ways=(_FLAT, Variant("halo2"), Variant("halo3"), _ONCE, Variant("halo3_dedup")),
+        ways=(_FLAT, Variant("halo2"), Variant("halo3"), _ONCE),
     ),
     Layer(num_experts=64, experts_per_token=6, tokens=32, d_model=1024, ways=(_ONCE, _CHUNKED, _DROPPING)),
     Layer(
