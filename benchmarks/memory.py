@@ -225,12 +225,14 @@ def main() -> int:
     parser.add_argument(
         "--only", default="", help="compile only cases whose columns contain this text; write nothing"
     )
-    parser.add_argument("--random", type=int, default=0, metavar="N", help="compile N random steps instead")
+    parser.add_argument("--random", type=int, metavar="N", help="compile N random steps instead")
     parser.add_argument("--seed", type=int, default=0, help="of the random steps")
     args = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
     simulate_devices(NUM_DEVICES)
-    if args.random:
+    if args.random is not None:
+        if args.random < 1:
+            parser.error(f"--random takes at least 1 step, got {args.random}")
         return _random_steps(args.random, args.seed, reuse=args.reuse)
     known = read_table() if args.reuse and TABLE.exists() else {}
     rows = []
