@@ -1,13 +1,15 @@
 """Bar: the planner predicts the seconds of a training step on meshes of simulated devices, and picks a fast one.
 
-    python -m benchmarks.prediction [--quick] [--platform measured.toml] [--steps steps.json]
+    python -m benchmarks.prediction [--quick] [--platform measured.toml ...] [--steps steps.json]
 
-First `python -m piperjax measure` finds out how fast this computer is, unless a platform file is given. Then a model
-is trained for a few steps on twelve meshes of eight devices, with several schedules, memory modes and numbers of
-microbatches, and on the plan that the planner picks. Predictions come from the platform file alone, nothing is fitted
-to the steps. Run it on a quiet machine. All meshes are gone through twice, minutes apart, and the median of a mesh's
-steps counts. Beside every mesh a product of fixed size is timed: where the speed of the processor drifts, its range
-says by how much, and no prediction can be closer.
+`python -m piperjax measure` finds out how fast this computer is, unless a platform file is given. A model is trained
+for a few steps on twelve meshes of eight devices, with several schedules, memory modes and numbers of microbatches, and
+on the plan that the planner picks. Predictions come from the platform file alone, nothing is fitted to the steps. Run
+it on a quiet machine.
+
+The speed of a processor that is shared drifts by more than what is to be shown, so both sides take turns: measure, all
+meshes, measure, all meshes. The median of a mesh's steps counts, and the geometric mean of the two predictions. Beside
+every mesh a product of fixed size is timed, whose range says how far the speed drifted.
 
 `--steps` writes the measured seconds to a file, or reads what it has: only predictions change then, and the bars are
 not judged.
@@ -125,28 +127,27 @@ def reference_seconds() -> float:
 class Steps:
     """Measured seconds of steps by plan, kept in a file if there is one; what it has is not measured again."""
 
-    def __init__(self, path: Path | None, *, rounds: int, repeats: int):
-        self.path, self.rounds, self.repeats = path, rounds, repeats
+    def __init__(self, path: Path | None, *, repeats: int):
+        self.path, self.repeats = path, repeats
+        self.trainings: dict[str, Training] = {}
         self.taken: dict[str, list[float]] = {}
         self.references: list[float] = []
         if path is not None and path.exists():
             self.taken = json.loads(path.read_text(encoding="utf-8"))
         self.were_read = bool(self.taken)
 
-    def measure(self, plans: list[Plan]) -> None:
-        """Goes through the plans as often as asked, so that the steps of one are minutes apart."""
-        trainings: dict[str, Training] = {}
-        for round_number in range(1, 1 + self.rounds):
-            for plan in plans:
-                name = _name(plan)
-                if len(self.taken.get(name, ())) >= round_number * self.repeats:
-                    continue
-                if name not in trainings:
-                    trainings[name] = Training(plan)
-                self.references.append(reference_seconds())
-                self.taken.setdefault(name, []).extend(trainings[name].seconds(self.repeats))
-                if self.path is not None:
-                    self.path.write_text(json.dumps(self.taken, indent=1), encoding="utf-8")
+    def measure(self, plans: list[Plan], *, round_number: int) -> None:
+        """Goes through the plans once; the steps of one are minutes apart from those of its other rounds."""
+        for plan in plans:
+            name = _name(plan)
+            if len(self.taken.get(name, ())) >= round_number * self.repeats:
+                continue
+            if name not in self.trainings:
+                self.trainings[name] = Training(plan)
+            self.references.append(reference_seconds())
+            self.taken.setdefault(name, []).extend(self.trainings[name].seconds(self.repeats))
+            if self.path is not None:
+                self.path.write_text(json.dumps(self.taken, indent=1), encoding="utf-8")
 
     def of(self, plan: Plan) -> float:
         """The median seconds of a step."""
@@ -159,12 +160,22 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
     return float(np.corrcoef(ranks)[0, 1])
 
 
-def measured_platform(directory: str, *, quick: bool) -> Platform:
+def measured_platform(*, quick: bool) -> Platform:
     """Runs `piperjax measure` on the simulated devices, in a process of its own."""
-    path = Path(directory) / "measured.toml"
-    command = [sys.executable, "-m", "piperjax", "measure", "--devices", str(NUM_DEVICES), "--out", str(path)]
-    subprocess.run([*command, *(["--quick"] if quick else [])], check=True)
-    return load_platform(str(path))
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "measured.toml"
+        command = [
+            sys.executable,
+            "-m",
+            "piperjax",
+            "measure",
+            "--devices",
+            str(NUM_DEVICES),
+            "--out",
+            str(path),
+        ]
+        subprocess.run([*command, *(["--quick"] if quick else [])], check=True)
+        return load_platform(str(path))
 
 
 def _described(plan: Plan) -> str:
@@ -186,23 +197,29 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="measure fewer shapes, and go through the meshes once"
     )
-    parser.add_argument("--platform", help="rates measured before, instead of measuring")
+    parser.add_argument("--platform", nargs="+", help="rates measured before, instead of measuring")
     parser.add_argument("--steps", type=Path, help="file of measured steps, written if it is not there")
     args = parser.parse_args()
-    with TemporaryDirectory() as directory:
-        platform = (
-            load_platform(args.platform) if args.platform else measured_platform(directory, quick=args.quick)
-        )
-    simulate_devices(NUM_DEVICES)
-    steps = Steps(args.steps, rounds=1 if args.quick else 2, repeats=3)
-    plans = make_plans(platform)
-    chosen = choose_plan(
-        MODEL, platform, NUM_DEVICES, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, dtype=DTYPE
-    ).plan
-    steps.measure([*plans, chosen])
+    platforms = [load_platform(name) for name in args.platform or ()]
+    rounds = 1 if args.quick else 2
+    steps = Steps(args.steps, repeats=3)
+    plans: list[Plan] = []
+    for round_number in range(1, 1 + rounds):
+        if not args.platform:
+            platforms.append(measured_platform(quick=args.quick))
+        if not plans:
+            simulate_devices(NUM_DEVICES)
+            plans = make_plans(platforms[0])
+            chosen = choose_plan(
+                MODEL, platforms[0], NUM_DEVICES, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, dtype=DTYPE
+            ).plan
+        steps.measure([*plans, chosen], round_number=round_number)
 
     def row(plan: Plan) -> tuple[float, float]:
-        predicted = estimate_time(MODEL, plan, platform, Conditions(dtype=DTYPE)).step_seconds
+        predicted = statistics.geometric_mean(
+            estimate_time(MODEL, plan, platform, Conditions(dtype=DTYPE)).step_seconds
+            for platform in platforms
+        )
         measured = steps.of(plan)
         print(f"{_described(plan)}{predicted:9.3f} s{measured:9.3f} s{predicted / measured:8.2f}")
         return predicted, measured

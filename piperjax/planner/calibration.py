@@ -179,7 +179,7 @@ def calibrate(platform: Platform, measurements: Measurements, *, shares_cores: b
     if streams:
         device, fits["device"] = _with_streams(device, streams, keep_peak=not shares_cores)
     if measurements.fresh:
-        device = replace(device, fresh_bytes_per_second=_median_rate(measurements.fresh, scale))
+        device = replace(device, fresh_bytes_per_second=_fresh_rate(measurements.fresh, device, scale))
     by_kind = {
         kind: _median_rate([s for s in measurements.elementwise if s.kind == kind], scale)
         for kind in dict.fromkeys(s.kind for s in measurements.elementwise)
@@ -304,6 +304,15 @@ def _with_attention(device: Device, samples: Sequence[AttentionSample]) -> tuple
         provenance="measured",
     )
     return replace(device, attention=described), fit
+
+
+def _fresh_rate(samples: Sequence[BytesSample], device: Device, scale: float) -> float:
+    """Bytes per second of taking memory alone: what was timed writes it as well, which is priced as that."""
+    rate, written = _median_rate(samples, scale), 0.0
+    if device.memory_bytes_per_second is not None:
+        written = 1 / (device.memory_bytes_per_second * device.memory_efficiency)
+    # Where writing is most of it, what is left is the scatter of both.
+    return _rounded(1 / max(1 / rate - written, 0.25 / rate))
 
 
 def _with_streams(device: Device, samples: Sequence[BytesSample], *, keep_peak: bool) -> tuple[Device, Fit]:

@@ -110,6 +110,8 @@ def measurements(disturb=lambda seconds: seconds):
         streams=tuple(streams),
         exchanges=tuple(exchange_samples(disturb)),
         copies=(BytesSample(1e6, 1e-3), BytesSample(1e7, 1e-2)),
+        # Taken at 4 GB/s, and written.
+        fresh=(BytesSample(1e8, together * (1e8 / 4e9 + 1e8 / 2e10)),),
         elementwise=tuple(
             ElementwiseSample(kind, 1e6, together * 1e6 / (factor * rate))
             for kind, rate in (("activation_gradient", 4e9), ("rows", 2e10))
@@ -125,6 +127,7 @@ def test_rates_come_back():
     assert device.launch_seconds == pytest.approx(1e-6)
     assert device.call_seconds == 3e-4
     assert device.host_bytes_per_second == 1e9
+    assert device.fresh_bytes_per_second == pytest.approx(4e9, rel=0.01)
     assert device.elementwise_bytes_per_second == pytest.approx({"activation_gradient": 4e9, "rows": 2e10})
     assert device.memory_bytes_per_second == pytest.approx(2e10, rel=0.01)
     for (m, n, k), grouped in itertools.product(((32, 100, 200), (400, 300, 64)), (False, True)):
