@@ -110,7 +110,8 @@ def test_doctor_looks_at_this_machine(tmp_path, capsys):
         (["show", "gpipe", "--svg", "no/such/folder/a.svg"], "cannot write no/such/folder/a.svg"),
         (["show", "gpipe", "--pipe", "two"], "invalid int value: 'two'"),
         (["show"], "the following arguments are required: schedule"),
-        (["shwo"], "invalid choice: 'shwo'"),
+        (["shwo"], "did you mean show?; see `python -m piperjax --help`"),
+        (["show", "gpipe", "--clock", "asnc"], "did you mean async?; see `python -m piperjax show --help`"),
         ([], "the following arguments are required: COMMAND"),
     ],
 )

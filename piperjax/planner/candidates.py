@@ -92,7 +92,11 @@ class Question:
         }
         for name, allowed in choices.items():
             if name in self.wished and self.wished[name] not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {self.wished[name]!r}")
+                near = get_close_matches(str(self.wished[name]), allowed, n=1)
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {self.wished[name]!r}"
+                    + (f"; did you mean {near[0]!r}?" if near else "")
+                )
         for name in (*AXES, "num_microbatches", "dispatch_chunks"):
             if self.wished.get(name, 1) < 1:
                 raise ValueError(f"{name} must be at least 1, got {self.wished[name]}")
@@ -178,6 +182,12 @@ class Rejections:
 
     def __init__(self):
         self._found: dict[tuple[str, str], list] = {}
+
+    def copy(self) -> "Rejections":
+        """Counts of its own that begin with these."""
+        copied = Rejections()
+        copied._found = {key: [count, example] for key, (count, example) in self._found.items()}
+        return copied
 
     def add(self, reason: str, example: Any, *, what: str = "meshes", count: int = 1) -> None:
         """Counts `count` candidates under a reason; the first example is kept."""

@@ -119,7 +119,10 @@ def stacked_bars(
                 parts.append(_rect(x, y, size * scale, tall, colours[name], title))
                 x += size * scale
         if bar.note:
-            parts.append(_text(x + 6, y + tall / 2 + 4, bar.note, colour=SOFT))
+            # Behind the line of the limit where it would be on the line.
+            beyond = left + limit[0] * scale if limit else x
+            crosses = x < beyond < x + 12 + LETTER * len(bar.note)
+            parts.append(_text((beyond if crosses else x) + 6, y + tall / 2 + 4, bar.note, colour=SOFT))
     if limit:
         x = left + limit[0] * scale
         parts.append(_line(x, top - 6, x, bottom, ALARM, dashed=True, wide=1.5))

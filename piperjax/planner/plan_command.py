@@ -3,10 +3,11 @@
 import argparse
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
-from meshes.platform import load_platform
-from models.presets import named_model
+from meshes.platform import known_platforms, load_platform
+from models.presets import PRESETS, named_model
 from piperjax.planner import report
 from piperjax.planner.candidates import WISHES, Question
 from piperjax.planner.dispatchers import OVERFLOW
@@ -23,6 +24,19 @@ DEFAULT_SEQ_LEN = 4096
 # with 63 million tokens per step (arXiv:2412.19437).
 TOKENS_PER_DEVICE = 2**14
 MOST_TOKENS_PER_STEP = 2**26
+DESCRIPTION = """\
+Prices every mesh, schedule, number of microbatches, memory mode and dispatcher in seconds and bytes, and prints the
+quickest that fit, what each is spent on, and why others lost. Needs no device of the machine that it plans for."""
+EPILOG = """\
+columns: microb. = microbatches of a step; memory = what forward keeps for backward; x2 after a dispatcher = chunks;
+places = rows that a device accepts at a time, over the balanced number (capacity factor), or all; vocab. = where
+embedding and head are; MFU = useful FLOP/s over the peak; bubble, a2a = share of the step in which ranks idle, or wait
+for all-to-alls; +- = how far off the seconds may be, mostly alike for all plans.
+
+examples:
+  python -m piperjax plan --model deepseek_v3 --platform frontier --devices 1024 --explain pipe=8,expert=32
+  python -m piperjax plan --model mixtral_8x7b --platform h100_pod --devices 64 --html report.html
+  python -m piperjax plan --model small --platform mine.toml --devices 8 --batch 32 --seq 512 --out plan.json"""
 FLAGS = {
     "pipe": "pipe",
     "expert": "expert",
@@ -42,8 +56,12 @@ FLAGS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `plan`."""
-    parser.add_argument("--model", required=True, help="a model of models/presets.py, or a .json file")
-    parser.add_argument("--platform", required=True, help="a machine of meshes/, or a .toml file")
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--model", required=True, help=f"{', '.join(PRESETS)}, or a .json file")
+    parser.add_argument(
+        "--platform", required=True, help=f"{', '.join(known_platforms())}, or a .toml file of your own"
+    )
     parser.add_argument("--devices", type=int, required=True, metavar="N", help="devices to use, all of them")
     parser.add_argument(
         "--batch",
@@ -147,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         page = html_page(result, explanations=explanations, top=args.top)
         written.append(_write(args.html, page, "the report"))
     if args.json:
-        print(json.dumps(report.to_dict(result, explanations), indent=2))
+        print(json.dumps(report.to_dict(result, explanations, variations(result)), indent=2))
     else:
         print("\n".join([_text(args, result, explanations), *written]))
     return 0
@@ -208,9 +226,10 @@ def parsed_sizes(text: str) -> Mapping[str, Any]:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         name = name.replace("-", "_")
         if not equals or not value or name not in WISHES:
+            near = get_close_matches(name, WISHES, n=1)
             raise ValueError(
                 f"--explain takes fields of a plan such as pipe=8,expert=32, got {text!r}; "
-                f"fields are {', '.join(WISHES)}"
+                f"fields are {', '.join(WISHES)}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
         if name in ("schedule", "memory_mode", "dispatch", "vocabulary", "overflow", "gradient_dtype"):
             fields[name] = value

@@ -52,7 +52,10 @@ def check_room(question: Question, scores: Scores, *, advise: bool = True) -> No
         return
     advice = f"; {nearest_that_fits(question)}" if advise else ""
     asked = ", ".join(f"{name}={value}" for name, value in question.wished.items())
-    where = f"{question.num_devices} {question.platform.name} devices" + (f" with {asked}" if asked else "")
+    devices = f"device{'s' * (question.num_devices > 1)}"
+    where = f"{question.num_devices:,} {question.platform.name} {devices}" + (
+        f" with {asked}" if asked else ""
+    )
     if not len(scores.seconds):
         chunks = (
             ", or dispatch_chunks does not divide the tokens" if "dispatch_chunks" in question.wished else ""
@@ -106,7 +109,7 @@ def nearest_that_fits(question: Question) -> str:
             mesh = _leanest_mesh(replace(more, wished=wished), near=question)
             if mesh is not None:
                 words = f" with {_flags(wished)}" if wished else ""
-                return f"{devices} devices{words} are enough ({mesh})"
+                return f"{devices:,} devices{words} are enough ({mesh})"
     return "use a smaller model, shorter sequences or devices with more memory"
 
 

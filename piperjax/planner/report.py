@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from math import inf
+from math import floor, inf, log10
 from typing import Any
 
 from models import cost
@@ -18,7 +18,7 @@ from piperjax.planner.timing import UNCERTAINTY
 GIB = 2**30
 BAR = 30
 MOST_VARIATIONS_PER_CHOICE = 4
-PLAN_COLUMNS = ("", "pipe", "data", "expert", "schedule", "microb.", "memory", "dispatch", "vocab.")
+PLAN_COLUMNS = ("", "pipe", "data", "expert", "schedule", "microb.", "memory", "dispatch", "places", "vocab.")
 PRICE_COLUMNS = ("step s", "tokens/s", "MFU", "bubble", "a2a", "+-", "slower by")
 
 
@@ -56,7 +56,7 @@ def table(result: SearchResult, *, top: int = 5) -> str:
     rows = [list(columns(result.question))]
     for number, one in enumerate(result.ranked[:top], start=1):
         rows.append([str(number), *cells_of(one)])
-    return _aligned(rows, left={4, 6, 7, 8})
+    return _aligned(rows, left={4, 6, 7, 9})
 
 
 def columns(question: Question) -> tuple[str, ...]:
@@ -75,6 +75,7 @@ def cells_of(one: Candidate) -> list[str]:
         str(plan.num_microbatches),
         plan.memory_mode,
         str(Way(plan.dispatch, plan.dispatch_chunks)),
+        f"{plan.capacity_factor:g}" if plan.capacity_factor else "all",
         plan.vocabulary,
     ]
     rates = [f"{one.peak_bytes / GIB:.1f}", f"{time.step_seconds:.4g}", short(time.tokens_per_second)]
@@ -110,7 +111,7 @@ def choices(found: Sequence[Variation]) -> str:
     """What the single choices of the best plan are worth."""
     if not found:
         return ""
-    rows = [["instead", "", "step", "GiB", ""]]
+    rows = [["choice", "instead", "step", "GiB", ""]]
     shown: dict[str, int] = {}
     for one in found:
         shown[one.choice] = shown.get(one.choice, 0) + 1
@@ -140,7 +141,8 @@ def explained(explanation: Explanation) -> str:
 
 def rejected(result: SearchResult) -> str:
     """What was left out and why."""
-    line = f"{result.num_plans:,} plans on {result.num_meshes} meshes were priced, {result.num_fit:,} fit."
+    meshes = f"{result.num_meshes} mesh{'es' * (result.num_meshes != 1)}"
+    line = f"{result.num_plans:,} plans on {meshes} were priced, {result.num_fit:,} fit."
     rows = [
         [f"{one.count:,} {counted(one)}", one.reason, f"such as {one.example}"] for one in result.rejected
     ]
@@ -202,8 +204,10 @@ def notes(result: SearchResult) -> list[str]:
     return found
 
 
-def to_dict(result: SearchResult, explanations: Sequence[Explanation] = ()) -> dict[str, Any]:
-    """Plain values for JSON."""
+def to_dict(
+    result: SearchResult, explanations: Sequence[Explanation] = (), found: Sequence[Variation] = ()
+) -> dict[str, Any]:
+    """Plain values for JSON: seconds, bytes and fractions, with what is not known as null."""
     question = result.question
     return {
         "model": question.model.name,
@@ -218,12 +222,19 @@ def to_dict(result: SearchResult, explanations: Sequence[Explanation] = ()) -> d
         "ranked": [_candidate_dict(one) for one in result.ranked],
         "pareto": [{"plan": result.scores.plan(one.row).to_dict(), **asdict(one)} for one in result.pareto],
         "rejected": [asdict(one) for one in result.rejected],
+        "num_meshes": result.num_meshes,
         "num_plans": result.num_plans,
         "num_fit": result.num_fit,
+        "given_up": list(result.given_up),
+        "choices": [asdict(one) for one in found],
         "explained": [
             {
                 "asked": dict(one.asked),
                 "sentence": one.sentence,
+                "parts": [
+                    {"part": name, "best_seconds": best, "seconds": seconds}
+                    for name, best, seconds in one.parts
+                ],
                 "plan": _candidate_dict(one.candidate) if one.candidate else None,
             }
             for one in explanations
@@ -264,8 +275,10 @@ def share(fraction: float | None) -> str:
 
 def _bars(sizes: Sequence[tuple[str, float]], unit: str, *, total: float) -> list[str]:
     width = max(len(name) for name, _ in sizes)
+    # Points below each other, with three figures of the total.
+    decimals = max(0, 3 - floor(log10(total)))
     return [
-        f"  {name:{width}s} {size:9.4g} {unit} {size / total:6.1%}  {'#' * round(BAR * size / total)}".rstrip()
+        f"  {name:{width}s} {size:9.{decimals}f} {unit} {size / total:6.1%}  {'#' * round(BAR * size / total)}".rstrip()
         for name, size in sizes
     ]
 

@@ -103,7 +103,7 @@ def _table(rows: Sequence[Sequence[str]], *, text: Sequence[int] = (), best: int
 def _ranking(result: SearchResult, shown: Sequence[Candidate]) -> str:
     rows = [list(report.columns(result.question))]
     rows += [[str(number), *report.cells_of(one)] for number, one in enumerate(shown, start=1)]
-    return _table(rows, text=(4, 6, 7, 8), best=1)
+    return _table(rows, text=(4, 6, 7, 9), best=1)
 
 
 def _memory(best: Candidate, question: Question) -> tuple[str, str]:
@@ -145,9 +145,14 @@ def _times(shown: Sequence[Candidate]) -> tuple[str, str]:
 def _gantt(best: Candidate, question: Question) -> tuple[str, str]:
     plan = _drawable(best.plan)
     costs = action_costs(question.model, plan, question.platform, question.conditions)
-    picture = svg_gantt(lockstep(plan.tick_table(), costs))
+    picture = svg_gantt(lockstep(plan.tick_table(), costs), unit="s")
     number, all_of = plan.num_microbatches, best.plan.num_microbatches
-    shown = f"{number} microbatches" if number == all_of else f"{number} of the {all_of} microbatches"
+    share = best.time.bubble_fraction
+    shown = (
+        f"{number} microbatches"
+        if number == all_of
+        else f"{number} of the {all_of} microbatches, of which all together have a bubble of {share:.1%}"
+    )
     lead = f"{report.order_of(best)} on {plan.pipe} pipe ranks, {shown}; all ranks meet at every tick."
     return _lead(lead), picture[picture.index("<svg") :]
 

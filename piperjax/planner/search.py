@@ -30,6 +30,8 @@ KEPT = 10
 OTHER_CAPACITY_FACTORS = (1.5, 2.0)
 PROMISING_MESHES = 6
 MESHES_FOR_OTHER_SIZES = 2
+# Where no mesh holds even what lasts, plain plans on so many of the leanest show how much is lacking.
+LEANEST_MESHES = 4
 BUFFERS = frozenset(SMALLER_BUFFERS)
 
 
@@ -168,23 +170,25 @@ def answer(question: Question, *, keep: int = KEPT, advise: bool = True) -> Sear
     rejections = Rejections()
     possible = meshes(question, rejections)
     check_some(question, possible, rejections)
-    scores, given_up = _scored(question, possible, rejections), {}
+    listed, given_up = rejections.copy(), {}
+    scores = _scored(question, possible, listed)
     for less in () if scores.fits.any() else concessions(question.wished):
         changed = _with(question, less)
         if roomy := _roomy(changed, possible):
-            limited = score(changed, roomy, Rejections())
+            among = rejections.copy()
+            limited = _scored_on(changed, roomy, possible, among)
             if limited.fits.any():
-                scores, given_up = limited, less
+                scores, given_up, listed = limited, less, among
                 break
     check_room(question, scores, advise=advise)
     found = [scores]
     if _may_limit_buffers(question):
-        found += _with_smaller_buffers(scores, possible)
+        found += _with_smaller_buffers(scores, possible, listed)
     ranked, own = _ranked(found, keep)
     return SearchResult(
         question=scores.question,
         ranked=ranked,
-        rejected=rejections.listed(),
+        rejected=listed.listed(),
         pareto=_pareto(own, ranked[0]),
         scores=own,
         num_meshes=len(possible),
@@ -195,13 +199,26 @@ def answer(question: Question, *, keep: int = KEPT, advise: bool = True) -> Sear
 
 
 def _scored(question: Question, possible: list[Mesh], rejections: Rejections) -> Scores:
-    """Scores on the meshes on which a device holds at least its parameters; on all if there are none."""
+    """Scores on the meshes on which a device holds at least its parameters; on the leanest if there are none."""
     roomy = _roomy(question, possible)
-    for mesh in possible if roomy else ():
+    if not roomy:
+        leanest = sorted(possible, key=lambda mesh: least_bytes(question, mesh))[:LEANEST_MESHES]
+        plainest = _simplest(question)
+        if "memory_mode" in plainest:
+            plainest["memory_mode"] = "stage"
+        scores = score(_with(question, plainest), leanest, Rejections())
+        # What is wished for may not exist on these.
+        return scores if len(scores.seconds) else score(question, possible, rejections)
+    return _scored_on(question, roomy, possible, rejections)
+
+
+def _scored_on(question: Question, roomy: list[Mesh], possible: list[Mesh], rejections: Rejections) -> Scores:
+    """Scores on some of the possible meshes; the others are counted."""
+    for mesh in possible:
         if mesh not in roomy:
             reason = "a device must have room for its parameters, their moments and their gradients"
             rejections.add(reason, mesh)
-    return score(question, roomy or possible, rejections)
+    return score(question, roomy, rejections)
 
 
 def _roomy(question: Question, possible: list[Mesh]) -> list[Mesh]:
@@ -219,19 +236,19 @@ def _with(question: Question, changes: Mapping[str, Any]) -> Question:
     return replace(question, wished=dict(question.wished) | changes)
 
 
-def _with_smaller_buffers(scores: Scores, possible: list[Mesh]) -> list[Scores]:
+def _with_smaller_buffers(scores: Scores, possible: list[Mesh], rejections: Rejections) -> list[Scores]:
     """Scores with buffers of a usual size and later passes on promising meshes, of other sizes on the best of these."""
     question, found = scores.question, []
     last = scores
     if "capacity_factor" not in question.wished:
         leaner = _with(question, SMALLER_BUFFERS)
         simple = _scored(_with(leaner, _simplest(question)), possible, Rejections())
-        last = score(leaner, _best_meshes(simple, PROMISING_MESHES), Rejections())
+        last = score(leaner, _best_meshes(simple, PROMISING_MESHES), rejections)
         found.append(last)
     meshes = _best_meshes(last, MESHES_FOR_OTHER_SIZES)
     for size in OTHER_CAPACITY_FACTORS:
         limited = _with(question, SMALLER_BUFFERS | {"capacity_factor": size})
-        found.append(score(limited, meshes, Rejections()))
+        found.append(score(limited, meshes, rejections))
     return found
 
 

@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
-from jax._src import xla_bridge
 
 from meshes.mesh import simulate_devices
 from piperjax.runtime.bounded_process import run_bounded
@@ -42,10 +41,22 @@ def prepare(num_devices: int | None = None) -> tuple[str, ...]:
     Raises:
       ValueError: if XLA would end the process over the user's XLA_FLAGS, or has started with fewer devices.
     """
-    lines = () if xla_bridge.backends_are_initialized() else _set_flags(num_devices)
+    lines = () if has_started() else _set_flags(num_devices)
     if num_devices is not None:
         simulate_devices(num_devices)
     return lines
+
+
+def has_started() -> bool:
+    """Whether JAX has started its devices; asking does not start them."""
+    given = jax.config.jax_num_cpu_devices
+    try:
+        # JAX says it nowhere, but refuses another number of devices once they run.
+        jax.config.update("jax_num_cpu_devices", given + 1)
+    except RuntimeError:
+        return True
+    jax.config.update("jax_num_cpu_devices", given)
+    return False
 
 
 def _set_flags(num_devices: int | None) -> tuple[str, ...]:

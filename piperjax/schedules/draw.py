@@ -44,10 +44,11 @@ def text_gantt(timeline: Timeline, *, width: int = 170) -> str:
     return "\n".join(rows)
 
 
-def svg_gantt(timeline: Timeline, *, title: str = "", width: int = 1100) -> str:
+def svg_gantt(timeline: Timeline, *, title: str = "", unit: str = "", width: int = 1100) -> str:
     """Draws a timeline as SVG: a colour per microbatch, idle time grey.
 
-    F is light, B strong, I in between and W dark with stripes; lines under a box count the chunk.
+    F is light, B strong, I in between and W dark with stripes; lines under a box count the chunk. Its length is
+    written below, in a unit if one is given: costs of `show` are in times of a stage.
     """
     schedule, total = timeline.schedule, timeline.step_seconds
     scale = (width - LABEL_WIDTH - 2 * MARGIN) / total
@@ -69,7 +70,7 @@ def svg_gantt(timeline: Timeline, *, title: str = "", width: int = 1100) -> str:
         parts += [_box(timeline, action, left, y, scale) for action in actions]
     foot = height - FOOT + 16
     parts.append(
-        f'<text x="{left}" y="{foot}" font-size="13">time {total:g}; bubble (grey) '
+        f'<text x="{left}" y="{foot}" font-size="13">time {total:.4g}{unit and " " + unit}; bubble (grey) '
         f"{timeline.bubble_fraction:.1%}; the number is the microbatch</text>"
     )
     parts += _legend(timeline, left, foot + 12)

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from models.presets import named_model
+from models.presets import PRESETS, named_model
+from piperjax.schedules import registry
 from piperjax.training.config import DataConfig, LogConfig, TrainConfig
 from piperjax.training.overrides import Tree, override, parse_assignments
 from piperjax.training.planning import PlanFile, make_plan, read_plan_file, requested_sizes
@@ -54,7 +55,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--model",
         metavar="NAME",
-        help=f"a model of models/presets.py, or a .json file (default {DEFAULT_MODEL})",
+        help=f"{', '.join(PRESETS)}, or a .json file (default {DEFAULT_MODEL})",
     )
     what.add_argument(
         "--data",
@@ -108,12 +109,10 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--schedule",
         metavar="NAME",
-        help="gpipe, one_f_one_b (the default; short 1f1b), interleaved, zb_h1, zb_h2, zb_dual, zb_v, v_half, v_min, "
-        "dualpipe_v, or a schedule file; see python -m piperjax show",
+        help=f"{', '.join(registry.names())} (1f1b is short for one_f_one_b), or a schedule file; see python -m "
+        "piperjax show (default: the planner's choice)",
     )
-    how.add_argument(
-        "--microbatches", type=int, metavar="N", help="per step (default up to four per pipe rank)"
-    )
+    how.add_argument("--microbatches", type=int, metavar="N", help="per step (default: the planner's choice)")
     how.add_argument("--dtype", metavar="TYPE", help=f"float32 or bfloat16 (default {TrainConfig.dtype})")
     how.add_argument(
         "--out", metavar="DIR", help="run directory (default runs/MODEL); resumes if it was begun"

@@ -239,7 +239,8 @@ def _reasons(chosen: Choice) -> tuple[str, ...]:
         return (f"by a simple rule, because {chosen.reason}",)
     best, *others = chosen.result.ranked
     plans = chosen.result.num_plans
-    counted = f"{plans:,} plan{'s' if plans != 1 else ''} on {chosen.result.num_meshes} meshes"
+    meshes = chosen.result.num_meshes
+    counted = f"{plans:,} plan{'s' * (plans != 1)} on {meshes} mesh{'es' * (meshes != 1)}"
     notes = [f"{best.mesh}: the quickest of {counted}, {best.time.step_seconds:.3g} s a step predicted"]
     if others:
         notes.append(

@@ -8,6 +8,7 @@ from typing import Any
 from meshes.platform import Platform
 from piperjax.planner.explain import PART_WORDS
 from piperjax.planner.memory import estimate_memory
+from piperjax.planner.remedies import WORDS
 from piperjax.planner.timing import Conditions, estimate_time
 from piperjax.training.compile_check import Comparison
 from piperjax.training.config import TrainConfig
@@ -51,7 +52,7 @@ class Prediction:
         return asdict(self)
 
     def memory_line(self) -> str:
-        """What a device needs: "predicted 1.2 GiB of 16.0 GiB, stash 0.7 GiB, ..."."""
+        """What a device needs: "1.2 GiB of 16.0 GiB predicted in all, activations in flight 0.7 GiB, ..."."""
         capacity = f" of {gib(self.capacity_bytes)}" if self.capacity_bytes else ""
         return f"{gib(self.total_bytes)}{capacity} predicted in all, {_largest(self.memory_bytes, gib)}"
 
@@ -67,8 +68,8 @@ class Prediction:
 def _largest(parts: Mapping[str, float], show: Callable[[float], str]) -> str:
     """The largest parts: "compute 70%, bubble 20%"."""
     ordered = sorted(parts.items(), key=lambda item: -item[1])[:NAMED_PARTS]
-    words = {name: PART_WORDS.get(name, name.replace("_", " ")) for name, _ in ordered}
-    return ", ".join(f"{words[name]} {show(value)}" for name, value in ordered if value)
+    words = PART_WORDS | WORDS
+    return ", ".join(f"{words.get(name, name)} {show(value)}" for name, value in ordered if value)
 
 
 def predict(config: TrainConfig, platform: Platform, *, backend: str) -> Prediction:

@@ -34,6 +34,19 @@ def test_bars_are_stacked_to_scale_and_stay_below_the_limit():
     )
 
 
+def test_what_is_written_behind_a_bar_is_not_crossed_by_the_limit():
+    for size in (30.0, 60.0, 63.9):
+        root = drawn(
+            stacked_bars(
+                [Bar("rank", {"a": size}, "62.4 GiB")], axis=Axis(title="GiB"), limit=(64.0, "64 GiB")
+            )
+        )
+        (line,) = [e for e in root.iter(f"{SVG}path") if e.get("stroke") == ALARM]
+        (note,) = [e for e in root.iter(f"{SVG}text") if e.text == "62.4 GiB"]
+        at, first = float(re.match(r"M([\d.]+)", line.get("d"))[1]), float(note.get("x"))
+        assert not first < at < first + 8 * len("62.4 GiB") and first + 8 * len("62.4 GiB") < WIDTH, size
+
+
 def test_a_logarithmic_axis_puts_equal_ratios_at_equal_distances():
     points = [Point(10.0**power, 1.0, title=f"p{power}") for power in range(4)]
     axis = Axis(title="FLOP per byte", log=True)

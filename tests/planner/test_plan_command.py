@@ -118,6 +118,8 @@ MISTAKES = [
         "schedule 'one_f_one_b' has one stage per pipe rank, got 2; leave the number out",
     ),
     ("--microbatches 5", "a device's part of the batch must divide into the 5 microbatches"),
+    ("--memory-mode nmed", "got 'nmed'; did you mean 'named'?"),
+    ("--explain pip=3", "did you mean 'pipe'?"),
     ("--memory-mode all", "memory_mode must be one of stage, layer, named, products, stash, got 'all'"),
     ("--vocabulary some", "vocabulary must be one of split, whole, got 'some'"),
     ("--imbalance 0.5", "imbalance is the largest load over the mean, at least 1, got 0.5"),
@@ -146,4 +148,8 @@ def test_every_mistake_is_one_sentence(capsys, tmp_path, monkeypatch, flags, sen
 def test_unknown_flags_leave_with_code_2(capsys):
     with pytest.raises(SystemExit) as left:
         main(f"{SMALL} --pipes 2".split())
-    assert left.value.code == 2 and "--pipes" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert (
+        left.value.code == 2
+        and "--pipes 2; did you mean --pipe?; see `python -m piperjax plan --help`" in error
+    )

@@ -8,15 +8,19 @@ import pytest
 from meshes.platform import load_platform
 from models.presets import preset
 from piperjax.planner import report
-from piperjax.planner.candidates import Question
 from piperjax.planner.explain import explain, variations
 from piperjax.planner.plan import Plan
-from piperjax.planner.search import answer, search
+from piperjax.planner.search import search
 
 
 @lru_cache(maxsize=1)
 def found():
     return search(preset("mixtral_8x7b"), load_platform("frontier"), 64, batch_size=256, seq_len=4096)
+
+
+@lru_cache(maxsize=1)
+def deepseek():
+    return search(preset("deepseek_v3"), load_platform("frontier"), 2048, batch_size=8192, seq_len=4096)
 
 
 def test_the_headline_says_what_was_asked():
@@ -44,6 +48,9 @@ def test_the_table_has_a_row_per_mesh():
     ):
         assert name in head
     best = found().best
+    assert f" {best.plan.capacity_factor or 'all'} " in rows[0] and head.index("places") < head.index(
+        "vocab."
+    )
     assert f"{best.time.step_seconds:.4g}" in rows[0] and f"{best.time.mfu:.1%}" in rows[0]
     assert rows[0].endswith(" -") and rows[1].endswith(f"{found().ranked[1].margin:.1%}")
 
@@ -57,6 +64,8 @@ def test_details_add_up():
             float(line.split("%")[0].split()[-1]) for line in part.splitlines() if line.startswith("  ")
         ]
         assert sum(shares) == pytest.approx(100, abs=0.5)
+        points = {line.index(".") for line in part.splitlines() if line.startswith("  ")}
+        assert len(points) == 1, "points of numbers below each other"
 
 
 def test_choices_rejections_and_reasons_are_printed():
@@ -68,33 +77,42 @@ def test_choices_rejections_and_reasons_are_printed():
     assert " plans on 21 meshes were priced" in text and "the expert axis must divide the 8 experts" in text
 
 
+def test_every_plan_that_was_priced_fits_or_is_among_those_left_out():
+    # Mixtral gets smaller buffers because they are quicker, DeepSeek because nothing fits otherwise.
+    for result in (found(), deepseek()):
+        (left,) = [one for one in result.rejected if one.reason == "a device must have room for the plan"]
+        assert result.num_plans == result.num_fit + left.count
+
+
 def test_notes_name_the_source_of_every_rate_and_what_was_given_up():
     notes = "\n".join(report.notes(found()))
     for name in ("package", "cabinet", "matmul", "attention"):
         assert name in notes
-    question = Question(
-        model=preset("deepseek_v3"),
-        platform=load_platform("frontier"),
-        num_devices=2048,
-        batch_size=8192,
-        seq_len=4096,
-    )
-    result = answer(question)
-    notes = "\n".join(report.notes(result))
+    notes = "\n".join(report.notes(deepseek()))
     assert "nothing fits with buffers for any routing, hence capacity factor 1.25" in notes
     assert "more travel in later passes" in notes
     assert "latent attention, which is priced but not yet a layer that trains" in notes
 
 
 def test_json_holds_plans_that_can_be_read_again():
-    content = json.loads(json.dumps(report.to_dict(found(), [explain(found(), {"pipe": 1, "expert": 1})])))
+    explanations = [explain(found(), {"pipe": 1, "expert": 1}), explain(found(), {"pipe": 16, "expert": 4})]
+    content = json.loads(json.dumps(report.to_dict(found(), explanations, variations(found()))))
     plan = Plan.from_dict(content["ranked"][0]["plan"])
     assert plan == found().best.plan
     assert sum(content["ranked"][0]["time"]["parts"].values()) == pytest.approx(
         found().best.time.step_seconds
     )
     assert sum(content["ranked"][0]["memory_bytes"].values()) == pytest.approx(found().best.peak_bytes)
-    assert content["explained"][0]["plan"] is None
+    assert content["explained"][0]["plan"] is None and content["explained"][0]["parts"] == []
+    parts, slower = content["explained"][1]["parts"], content["explained"][1]["plan"]["time"]["step_seconds"]
+    assert sum(part["seconds"] for part in parts) == pytest.approx(slower)
+    assert {one["choice"] for one in content["choices"]} >= {
+        "schedule",
+        "microbatches",
+        "memory mode",
+        "gradients",
+    }
+    assert content["num_meshes"] == 21 and content["given_up"] == []
     assert len(content["pareto"]) == len(found().pareto)
 
 

@@ -9,7 +9,8 @@ import pytest
 from meshes.platform import Platform, load_platform
 from models.presets import preset
 from piperjax.planner.plan import default_plan
-from piperjax.planner.search import choose_plan, search
+from piperjax.planner.scoring import score
+from piperjax.planner.search import LEANEST_MESHES, choose_plan, search
 
 FRONTIER, CPU8 = load_platform("frontier"), load_platform("cpu8")
 GIB = 2**30
@@ -67,6 +68,26 @@ def test_16384_devices_take_less_than_two_seconds(model):
     assert min(seconds) < 2
     assert result.best.plan.num_devices == 16_384
     assert result.num_meshes == 54
+
+
+def test_what_is_hopeless_is_known_without_pricing_every_plan(monkeypatch):
+    priced = []
+
+    def counted(question, meshes, rejections):
+        scores = score(question, meshes, rejections)
+        priced.append((len(meshes), len(scores.seconds)))
+        return scores
+
+    monkeypatch.setattr("piperjax.planner.search.score", counted)
+    with pytest.raises(ValueError, match=r"does not fit 2 frontier devices: .*; \d+ devices are enough"):
+        found("mixtral_8x7b", 2)
+    ((meshes, plans),) = priced
+    assert meshes <= LEANEST_MESHES and plans < 50
+    # What is wished for may not exist on the leanest mesh: 64 stages of zb_v for 32 layers. Then all are looked at.
+    monkeypatch.setattr("piperjax.planner.search.LEANEST_MESHES", 1)
+    monkeypatch.setattr("piperjax.planner.search.least_bytes", lambda _, mesh: 1e15 / mesh.pipe)
+    assert found("mixtral_8x7b", 32, wished={"schedule": "zb_v"} | BALANCED).best.mesh.pipe < 32
+    assert priced[1] == (1, 0) and priced[2][0] > 1
 
 
 # What the paper's planner can and cannot do (PP x EP = n g, EP divides E, 64 GB), with the balanced routing that it

@@ -50,6 +50,14 @@ def test_a_lone_device_needs_no_flags(tmp_path):
     assert started(tmp_path, "", program).stdout == "() \n" and not list(tmp_path.iterdir())
 
 
+def test_asking_whether_jax_has_started_changes_nothing(tmp_path):
+    program = (
+        "import jax; from piperjax.runtime.backend import has_started; a = jax.config.jax_num_cpu_devices; "
+        "print(has_started(), has_started(), a == jax.config.jax_num_cpu_devices, len(jax.devices()), has_started())"
+    )
+    assert started(tmp_path, "", program).stdout == "False False True 1 True\n"
+
+
 def test_a_flag_that_would_end_the_process_is_a_sentence(tmp_path):
     done = started(tmp_path, "--xla_gpu_enable_async_all_to_all=true")
     assert (
@@ -58,7 +66,7 @@ def test_a_flag_that_would_end_the_process_is_a_sentence(tmp_path):
 
 
 def test_once_jax_runs_flags_stay_as_they_are():
-    assert len(jax.devices()) == 8
+    assert len(jax.devices()) == 8 and backend.has_started()
     before = os.environ["XLA_FLAGS"]
     assert backend.prepare() == () and os.environ["XLA_FLAGS"] == before
     with pytest.raises(ValueError, match="16 CPU devices must be asked for before JAX starts"):

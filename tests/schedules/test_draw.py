@@ -70,11 +70,11 @@ def test_labels_fit_their_boxes():
 
 def test_svg_boxes_are_to_scale_and_grey_is_the_bubble():
     timeline = lockstep(pack(gpipe(3, 4)), ActionCosts(forward=1.0, backward=2.0))
-    root = ElementTree.fromstring(svg_gantt(timeline, title="a < b & c"))
+    root = ElementTree.fromstring(svg_gantt(timeline, title="a < b & c", unit="s"))
     boxes = list(root.iter(SVG + "rect"))
     actions = actions_of(root)
     backgrounds = [e for e in boxes if e.get("fill") == GREY]
     assert len(actions) == 3 * 4 * 2 and len(backgrounds) == 3
     covered = sum(float(e.get("width")) for e in actions) / sum(float(e.get("width")) for e in backgrounds)
     assert 1 - covered == pytest.approx(timeline.bubble_fraction, abs=1e-3)
-    assert "a < b & c" in "".join(root.itertext())
+    assert "a < b & c" in "".join(root.itertext()) and "time 18 s; bubble" in "".join(root.itertext())

@@ -66,7 +66,7 @@ def expected(step_seconds=0.5, **changes):
 
 def test_lines_drawn_out():
     assert expected().memory_line() == (
-        "3.0 GiB of 16.0 GiB predicted in all, stash 1.5 GiB, parameters 1.0 GiB, gradients 512.0 MiB"
+        "3.0 GiB of 16.0 GiB predicted in all, activations in flight 1.5 GiB, parameters 1.0 GiB, gradients 512.0 MiB"
     )
     assert expected(capacity_bytes=None).memory_line().startswith("3.0 GiB predicted in all")
     assert expected().time_line() == "0.5 s a step predicted, give or take 20%: computation 80%, bubble 20%"
