@@ -1,7 +1,7 @@
 """Candidates: which meshes, schedules and microbatches a search looks at, and why it leaves out the others."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from math import log2
 from typing import Any, NamedTuple
@@ -328,24 +328,24 @@ def check_some(question: Question, found: list[Mesh], rejections: Rejections) ->
     """
     if found:
         return
-    wanted = ", ".join(f"{axis}={question.wished[axis]}" for axis in AXES if axis in question.wished)
+    wanted = {axis: question.wished[axis] for axis in AXES if axis in question.wished}
+    sizes = ", ".join(f"{axis}={size}" for axis, size in wanted.items())
     reasons = rejections.listed()
     asked = f"{question.model.name} on {question.num_devices} devices"
     if not reasons:
-        problem = f"no mesh of {question.num_devices} devices has {wanted}"
+        problem = f"no mesh of {question.num_devices} devices has {sizes}"
     else:
-        with_sizes = f" with {wanted}" if wanted else ""
+        with_sizes = f" with {sizes}" if sizes else ""
         problem = f"no mesh of {asked}{with_sizes} is possible: {reasons[0].reason}, got {reasons[0].example}"
     near = nearest_mesh(question)
     if near is not None:
         raise ValueError(f"{problem}; the nearest that is possible is {near}")
-    shards = min(
-        mesh.data * mesh.expert
-        for mesh in _factorisations(question.num_devices)
-        if mesh.pipe <= question.model.num_layers
-        and (
-            mesh.expert == 1 or (question.model.num_experts and question.model.num_experts % mesh.expert == 0)
-        )
-    )
-    batch = -(-question.batch_size // shards) * shards
-    raise ValueError(f"{problem}; use a batch that is a multiple of {shards} sequences, such as {batch}")
+    number = question.wished.get("num_microbatches", 1)
+    larger = replace(question, batch_size=question.num_devices * number)
+    divided = [mesh for mesh in _factorisations(question.num_devices) if not _impossible(larger, mesh)]
+    asked_for = [
+        mesh for mesh in divided if all(getattr(mesh, axis) == size for axis, size in wanted.items())
+    ]
+    least = number * min(mesh.data * mesh.expert for mesh in asked_for or divided)
+    batch = -(-question.batch_size // least) * least
+    raise ValueError(f"{problem}; use a batch that is a multiple of {least} sequences, such as {batch}")

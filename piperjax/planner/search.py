@@ -13,7 +13,7 @@ import numpy as np
 
 from meshes.platform import Platform
 from models.config import ModelConfig
-from piperjax.planner.candidates import Mesh, Question, Rejection, Rejections, check_some, meshes
+from piperjax.planner.candidates import AXES, Mesh, Question, Rejection, Rejections, check_some, meshes
 from piperjax.planner.cells import memory_backend
 from piperjax.planner.dispatchers import DISPATCHERS
 from piperjax.planner.memory import RankMemory, estimate_memory
@@ -407,7 +407,8 @@ def choose_plan(
     try:
         result = search(model, platform, num_devices, **shape, dtype=dtype, wished=wished)
     except ValueError:
-        # What is wrong with sizes that were given is said best where they are put together.
-        default_plan(model, platform, num_devices, **shape, **wished)
+        if set(AXES) <= wished.keys() or "num_microbatches" in wished:
+            # What is wrong with three sizes, or with microbatches, is said best where they are put together.
+            default_plan(model, platform, num_devices, **shape, **wished)
         raise
     return Choice(plan=result.best.plan, result=result)

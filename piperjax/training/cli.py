@@ -13,7 +13,7 @@ from models.presets import PRESETS, named_model
 from piperjax.schedules import registry
 from piperjax.training.config import DataConfig, LogConfig, TrainConfig
 from piperjax.training.overrides import Tree, override, parse_assignments
-from piperjax.training.planning import PlanFile, make_plan, read_plan_file, requested_sizes
+from piperjax.training.planning import PlanFile, make_plan, read_plan_file, requested_sizes, without_plan
 from piperjax.training.run_file import read_run_file
 
 DEFAULT_MODEL = "tiny"
@@ -211,12 +211,7 @@ def run(args: argparse.Namespace) -> int:
       ValueError: if something is impossible.
     """
     # Everything that needs no devices is checked before JAX starts, so that mistakes are told at once.
-    tree = parse_assignments(args.set)
-    plan_tree = tree.pop("plan", {})
-    if not isinstance(plan_tree, dict):
-        raise ValueError(
-            "plan is a group of fields; set plan.memory_mode, plan.capacity_factor, ... or use flags"
-        )
+    tree, plan_tree = without_plan(parse_assignments(args.set))
     requested_sizes(args)
     plan_file = None if args.plan is None else read_plan_file(args.plan)
     config = configuration(args, tree, plan_file)

@@ -8,7 +8,7 @@ from typing import Any
 from meshes.platform import load_platform
 from piperjax.training import cli
 from piperjax.training.overrides import parse_assignments
-from piperjax.training.planning import make_plan, read_plan_file, requested_sizes
+from piperjax.training.planning import make_plan, read_plan_file, requested_sizes, without_plan
 
 DESCRIPTION = """\
 Lower and compile the real training step for simulated devices, without allocating anything, and compare memory, FLOP
@@ -28,11 +28,11 @@ def main(args: argparse.Namespace) -> int:
     Raises:
       ValueError: if the plan is impossible.
     """
-    tree = parse_assignments(args.set)
-    changes = tree.pop("plan", {})
+    tree, changes = without_plan(parse_assignments(args.set))
     sizes = requested_sizes(args)
     plan_file = None if args.plan is None else read_plan_file(args.plan)
     config = cli.configuration(args, tree, plan_file)
+    config.model.check_trainable()
     num_devices = args.devices or (plan_file.plan.num_devices if plan_file else _product(sizes))
     platform = load_platform("cpu" if config.platform == "auto" else config.platform)
     plan = make_plan(args, config, platform, num_devices, changes=changes, plan_file=plan_file).plan

@@ -124,6 +124,20 @@ class Planned:
     notes: tuple[str, ...] = ()
 
 
+def without_plan(tree: Tree) -> tuple[Tree, Tree]:
+    """Splits what --set changes into fields of the configuration and fields of the plan, which is made last.
+
+    Raises:
+      ValueError: if the plan itself is given a value.
+    """
+    changes = tree.get("plan", {})
+    if not isinstance(changes, dict):
+        raise ValueError(
+            "plan is a group of fields; set plan.memory_mode, plan.capacity_factor, ... or use flags"
+        )
+    return {name: value for name, value in tree.items() if name != "plan"}, changes
+
+
 def requested_sizes(args: argparse.Namespace) -> dict[str, int]:
     """Returns the axis sizes that were given, -1 for one that takes the devices which are left.
 

@@ -167,6 +167,14 @@ def test_a_wrong_question_is_one_sentence(options, sentence):
             dict(batch_size=65, num_devices=74),
             "is possible: .*; use a batch that is a multiple of 37 sequences, such as 74",
         ),
+        (
+            dict(batch_size=64, wished={"num_microbatches": 3}),
+            "divide into the 3 microbatches, got .*; use a batch that is a multiple of 3 sequences, such as 66",
+        ),
+        (
+            dict(batch_size=64, wished={"pipe": 2, "num_microbatches": 3}),
+            "with pipe=2 is possible: .*; use a batch that is a multiple of 24 sequences, such as 72",
+        ),
     ],
 )
 def test_nothing_possible_names_the_nearest(options, sentence):

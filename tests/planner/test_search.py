@@ -201,9 +201,22 @@ def test_without_rates_the_simple_rule_decides():
     assert choice.reason.startswith("no links of alone are known")
 
 
-def test_impossible_sizes_are_told_as_ever():
-    with pytest.raises(ValueError, match="pipe x data x expert must be the 8 devices, got 3 x"):
-        choose_plan(preset("tiny"), CPU8, 8, batch_size=32, seq_len=64, dtype="float32", wished={"pipe": 3})
+@pytest.mark.parametrize(
+    ("wished", "sentence"),
+    [
+        (
+            {"pipe": 3},
+            "no mesh of 8 devices has pipe=3; the nearest that is possible is pipe=4, data=1, expert=2",
+        ),
+        (
+            {"pipe": 3, "data": 1, "expert": 2},
+            "pipe x data x expert must be the 8 devices, got 3 x 1 x 2 = 6",
+        ),
+    ],
+)
+def test_impossible_sizes_are_told(wished, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        choose_plan(preset("tiny"), CPU8, 8, batch_size=32, seq_len=64, dtype="float32", wished=wished)
 
 
 def test_smaller_buffers_are_taken_where_they_are_quicker():

@@ -57,7 +57,8 @@ def test_a_plan_is_compiled_and_compared(capsys, monkeypatch):
     ("flags", "sentence"),
     [
         (["--model", "tinny"], "no model named 'tinny'; did you mean 'tiny'?"),
-        (["--pipe", "3", "--devices", "4"], "must be the 4 devices"),
+        (["--pipe", "3", "--devices", "4"], "no mesh of 4 devices has pipe=3; the nearest that is"),
+        (["--set", "plan=stage"], "plan is a group of fields; set plan.memory_mode"),
         (["--pipe", "-1"], "give --devices as well"),
         (
             ["--model", "deepseek_v3", "--pipe", "1", "--expert", "8", "--seq", "128"],
