@@ -33,7 +33,7 @@ class Explanation:
       asked: sizes and other fields that were asked for.
       candidate: the best plan with them; None if there is none that fits.
       sentence: why it lost.
-      parts: seconds of every part of a step, of the best plan and of this one; empty if none fits.
+      parts: seconds of every part of a step that takes any, of the best plan and of this one; empty if none fits.
     """
 
     asked: Mapping[str, Any]
@@ -75,7 +75,9 @@ def explain(result: SearchResult, asked: Mapping[str, Any]) -> Explanation:
         return Explanation(asked=asked, candidate=None, sentence=str(error))
     best = result.best
     parts = tuple(
-        (part, seconds, candidate.time.parts.get(part, 0.0)) for part, seconds in best.time.parts.items()
+        (part, seconds, candidate.time.parts.get(part, 0.0))
+        for part, seconds in best.time.parts.items()
+        if seconds or candidate.time.parts.get(part)
     )
     return Explanation(
         asked=asked, candidate=candidate, sentence=_compared(best, candidate, parts), parts=parts

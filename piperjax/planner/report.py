@@ -32,8 +32,8 @@ def summary(one: Candidate) -> str:
     """A plan on its mesh in one line."""
     plan = one.plan
     return (
-        f"{order_of(one)}, {plan.num_microbatches} microbatches, memory mode {plan.memory_mode}, "
-        f"{one.peak_bytes / GIB:.1f} GiB"
+        f"{order_of(one)}, {plan.num_microbatches} microbatch{'es' * (plan.num_microbatches > 1)}, "
+        f"memory mode {plan.memory_mode}, {one.peak_bytes / GIB:.1f} GiB"
     )
 
 
@@ -156,7 +156,7 @@ def counted(one: Rejection) -> str:
 
 def difference(best: float, this: float) -> str:
     """Seconds more or less, without the noise of sums."""
-    return "0 s" if abs(this - best) < 1e-9 * max(best, this) else f"{this - best:+.4g} s"
+    return "0 s" if abs(this - best) <= 1e-9 * max(best, this) else f"{this - best:+.4g} s"
 
 
 def notes(result: SearchResult) -> list[str]:
@@ -198,6 +198,11 @@ def notes(result: SearchResult) -> list[str]:
     if any(isinstance(layer.attention, LatentAttention) for layer in question.model.layers):
         found.append(
             f"{question.model.name} has latent attention, which is priced but not yet a layer that trains"
+        )
+    if device.concurrent_devices is not None:
+        found.append(
+            f"devices of {question.platform.name} are simulated and share the cores of one host: a rank that idles "
+            "leaves them to the others, so that a bubble costs little or nothing here, unlike on devices of their own"
         )
     if best.time.mfu is None:
         found.append("no MFU: the platform file gives no peak that one could be stated against")

@@ -167,7 +167,8 @@ def _exists(question: Question, cells: list[Cell], order: Order, rejections: Rej
     except ValueError:
         plans = len(cells) * len(memory_modes(question)) * len(vocabularies(question, pipe))
         reason = f"{order.schedule} does not exist for every number of microbatches"
-        rejections.add(reason, f"{number} microbatches on {pipe} pipe ranks", what="plans", count=plans)
+        example = f"{number} microbatch{'es' * (number > 1)} on {pipe} pipe ranks"
+        rejections.add(reason, example, what="plans", count=plans)
         return False
     return True
 

@@ -92,6 +92,11 @@ def test_notes_name_the_source_of_every_rate_and_what_was_given_up():
     assert "nothing fits with buffers for any routing, hence capacity factor 1.25" in notes
     assert "more travel in later passes" in notes
     assert "latent attention, which is priced but not yet a layer that trains" in notes
+    assert "share the cores" not in notes
+    simulated = search(preset("tiny"), load_platform("cpu8"), 8, batch_size=8, seq_len=64, wished={"pipe": 2})
+    assert "devices of cpu8 are simulated and share the cores of one host" in "\n".join(
+        report.notes(simulated)
+    )
 
 
 def test_json_holds_plans_that_can_be_read_again():
@@ -114,6 +119,11 @@ def test_json_holds_plans_that_can_be_read_again():
     }
     assert content["num_meshes"] == 21 and content["given_up"] == []
     assert len(content["pareto"]) == len(found().pareto)
+
+
+def test_differences_have_a_sign_unless_there_are_none():
+    assert report.difference(1.0, 1.5) == "+0.5 s" and report.difference(1.5, 1.0) == "-0.5 s"
+    assert report.difference(0.0, 0.0) == report.difference(1.0, 1.0 + 1e-12) == "0 s"
 
 
 @pytest.mark.parametrize(
