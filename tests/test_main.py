@@ -1,5 +1,8 @@
 """`python -m piperjax`: what it draws, and one sentence for every mistake."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from piperjax.__main__ import main
@@ -20,6 +23,15 @@ def test_show_reads_a_file_and_writes_svg(tmp_path, capsys):
     assert main(["show", str(text), "--svg", str(picture)]) == 0
     assert "mine: 2 stages on 2 pipe ranks, 1 microbatches" in capsys.readouterr().out
     assert picture.read_text().startswith("<svg")
+
+
+def test_the_picture_of_the_readme_is_what_runs(tmp_path, capsys):
+    root, picture = Path(__file__).parents[1], tmp_path / "a.svg"
+    (command,) = re.findall(
+        r"python -m piperjax (show .*) --svg docs/one_f_one_b.svg", (root / "README.md").read_text()
+    )
+    assert main([*command.split(), "--svg", str(picture)]) == 0
+    assert picture.read_text() == (root / "docs/one_f_one_b.svg").read_text()
 
 
 def test_show_knows_chunks_clocks_and_times(tmp_path, capsys):
