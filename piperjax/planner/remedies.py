@@ -62,7 +62,7 @@ def check_room(question: Question, scores: Scores, *, advise: bool = True) -> No
         )
         raise ValueError(
             f"no plan for {question.model.name} on {where} exists: its schedule does not fit the pipe ranks and "
-            f"microbatches{chunks}{advice}"
+            f"microbatches, or has more stages than the {question.model.num_layers} layers{chunks}{advice}"
         )
     row = int(scores.num_bytes.argmin())
     memory = memory_of(question, scores, row)

@@ -112,7 +112,10 @@ MISTAKES = [
         "no mesh of 8 devices has pipe=2, data=4, expert=2; the nearest",
     ),
     ("--schedule 1f2b", "no schedule named '1f2b'; schedules are"),
-    ("--schedule zb_v --pipe 4", "its schedule does not fit the pipe ranks and microbatches; "),
+    (
+        "--schedule zb_v --pipe 4",
+        "its schedule does not fit the pipe ranks and microbatches, or has more stages than the 4 layers; ",
+    ),
     (
         "--schedule 1f1b --chunks 2",
         "schedule 'one_f_one_b' has one stage per pipe rank, got 2; leave the number out",
