@@ -14,6 +14,7 @@ PALETTE = (
 INK, SOFT, GRID, PAPER, ALARM = "#24292f", "#6b737c", "#e3e6ea", "#ffffff", "#b3362b"
 FONT = 'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif"'
 WIDTH = 860
+FEWEST_TICKS = 3
 LETTER = 7.0  # Width of a letter at 12 px, near enough to lay out legends.
 
 
@@ -169,6 +170,8 @@ class _Scale:
             high += 0.12 * (high - low) or 1.0
         ticks = axis.ticks or _ticks(low, high, log=axis.log)
         self.ticks = [tick for tick in ticks if low <= tick <= high]
+        if axis.log and not axis.ticks and len(self.ticks) < FEWEST_TICKS:
+            self.ticks = [tick for tick in _finer_ticks(low, high) if low <= tick <= high]
         self.low, self.high = self._place(low), self._place(high)
         self.first, self.last = first, last
 
@@ -217,6 +220,14 @@ def _ticks(low: float, high: float, *, log: bool) -> list[float]:
     step = next(digit * power for digit in (1, 2, 2.5, 5, 10) if digit * power >= raw * 0.999)
     first = ceil(low / step - 1e-9)
     return [step * number for number in range(first, floor(high / step + 1e-9) + 1)]
+
+
+def _finer_ticks(low: float, high: float) -> list[float]:
+    """Round numbers for a part of a decade: with a single number on it, an axis says nothing."""
+    digits = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    return [
+        digit * 10.0**power for power in range(floor(log10(low)), ceil(log10(high)) + 1) for digit in digits
+    ]
 
 
 def _legend(entries: Sequence[tuple[str, str]], left: float) -> tuple[list[str], float]:

@@ -154,6 +154,8 @@ def _gantt(best: Candidate, question: Question) -> tuple[str, str]:
         else f"{number} of the {all_of} microbatches, of which all together have a bubble of {share:.1%}"
     )
     lead = f"{report.order_of(best)} on {plan.pipe} pipe ranks, {shown}; all ranks meet at every tick."
+    if question.platform.device.concurrent_devices is not None:
+        lead += " Drawn as if every device had cores of its own; here they share them, and idle ranks cost little."
     return _lead(lead), picture[picture.index("<svg") :]
 
 
@@ -209,7 +211,7 @@ def _product_points(plan: Plan, question: Question) -> list[Point]:
             flop, num_bytes = 2 * groups * m * n * k, itemsize * groups * (m * k + k * n + m * n)
             shape = f"{groups} x " * (groups > 1) + f"[{m:.0f}, {k:.0f}] x [{k:.0f}, {n:.0f}]"
             reached = flop / seconds / 1e12
-            title = f"{product.name}: {shape}, {reached:.0f} TFLOP/s"
+            title = f"{product.name}: {shape}, {reached:.3g} TFLOP/s"
             if not product.is_wide:
                 points.setdefault(product, Point(flop / num_bytes, reached, title))
     return list(points.values())
@@ -219,8 +221,8 @@ def _weak_scaling(result: SearchResult) -> tuple[str, str]:
     found = []
     for scale, one in weak_scaling(result):
         rate = one.time.flop_per_second / 1e12
-        title = f"{one.plan.num_devices} devices: {one.mesh}, {rate:.1f} TFLOP/s per device"
-        found.append(Point(result.question.num_devices * scale, rate, title, f"{rate:.1f}"))
+        title = f"{one.plan.num_devices} devices: {one.mesh}, {rate:.3g} TFLOP/s per device"
+        found.append(Point(result.question.num_devices * scale, rate, title, f"{rate:.3g}"))
     lead = (
         "The same tokens per device on fewer and on more devices, planned anew for each number; sizes on which nothing "
         "fits are left out."

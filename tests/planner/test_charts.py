@@ -56,6 +56,14 @@ def test_a_logarithmic_axis_puts_equal_ratios_at_equal_distances():
     assert max(steps) - min(steps) < 0.3 and steps[0] > 50
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.0246, 0.05), (105, 192), (650, 990), (1, 1000), (3, 5000)])
+def test_a_logarithmic_axis_has_numbers_to_read_it_by(low, high):
+    points = [Point(1.0, low), Point(2.0, high)]
+    root = drawn(plot([Series(name="", points=points)], x=Axis(title="x"), y=Axis(title="rate", log=True)))
+    numbers = [float(e.text) for e in root.iter(f"{SVG}text") if e.get("text-anchor") == "end"]
+    assert 3 <= len(numbers) <= 12 and all(low / 1.16 <= number <= high * 1.16 for number in numbers)
+
+
 def test_everything_lies_on_the_paper():
     series = [
         Series(

@@ -67,3 +67,8 @@ def test_small_machines_without_a_peak_have_a_page_too():
     result = search(preset("tiny"), cpu8, 8, batch_size=32, seq_len=64, dtype="float32", keep=2)
     text = html_page(result)
     assert "useful TFLOP/s per device" in text and "MFU" in text
+    assert "Drawn as if every device had cores of its own" in text and "Drawn as if" not in page()
+    scaling = text[text.index("Weak scaling") : text.index("Memory against speed")]
+    assert not re.search(r">0(\.0)?<|, 0(\.0)? TFLOP/s", scaling.replace(">0<", "", 1)), (
+        "rates round to nothing"
+    )
