@@ -12,6 +12,7 @@ from meshes.fields import (
     check_by_kind,
     check_count,
     check_fraction,
+    check_part,
     check_provenance,
     check_range,
     check_rate,
@@ -152,6 +153,8 @@ class Device:
       fresh_bytes_per_second: rate at which memory that a program did not have before is written for the first time;
         None where programs get the same memory again and again, as from the pool of an accelerator.
       host_bytes_per_second: rate of copies between host and device; None where unknown.
+      interference_fraction: part of its rate that computation loses while a collective runs beside it, whose kernels
+        hold compute units and go through the same memory; 0 where nothing is known. `beside_seconds` uses it.
       concurrent_devices: devices of a host that compute at once; None where each has its own hardware.
       provenance: where the numbers of this table itself come from; the three rates say their own.
     """
@@ -169,6 +172,7 @@ class Device:
     reserve_bytes: int = 0
     fresh_bytes_per_second: float | None = None
     host_bytes_per_second: float | None = None
+    interference_fraction: float = 0.0
     concurrent_devices: float | None = None
     provenance: Provenance = "assumed"
 
@@ -192,6 +196,7 @@ class Device:
         check_size("device.launch_seconds", self.launch_seconds)
         check_size("device.call_seconds", self.call_seconds)
         check_count("device.reserve_bytes", self.reserve_bytes, least=0)
+        check_part("device.interference_fraction", self.interference_fraction)
         if self.concurrent_devices is not None:
             check_rate("device.concurrent_devices", self.concurrent_devices)
             if self.concurrent_devices < 1:
@@ -269,6 +274,16 @@ class Device:
         if self.concurrent_devices is None:
             return longest_seconds
         return np.maximum(longest_seconds, total_seconds / self.concurrent_devices)
+
+    def beside_seconds(self, exchange: Any, computation: Any) -> Any:
+        """Seconds of an exchange and of computation that need not wait for each other, alone so long; or arrays.
+
+        While the exchange runs, computation goes at `1 - interference_fraction` of its rate, so that what it saves is
+        `min(computation, (1 - interference_fraction) * exchange)`. Devices that share the cores of a host exchange by
+        copying, with these cores: there nothing is saved.
+        """
+        lost = self.interference_fraction if self.concurrent_devices is None else 1.0
+        return np.maximum(exchange, computation + lost * exchange)
 
     def _peak(self, dtype: str) -> float:
         if dtype not in self.peak_flop_per_second:

@@ -54,6 +54,13 @@ def check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at most 1, got {value!r}")
 
 
+def check_part(name: str, value: Any) -> None:
+    """A number from 0 to 1."""
+    check_size(name, value)
+    if value > 1:
+        raise ValueError(f"{name} must be at most 1, got {value!r}")
+
+
 def check_by_dtype(name: str, values: Any, check: Callable[[str, Any], None], *, example: str) -> None:
     """A table of one number for each dtype."""
     if not isinstance(values, Mapping):

@@ -25,7 +25,7 @@ from piperjax.planner.candidates import (
 )
 from piperjax.planner.cells import Cell, groups, layers_by_flop, memory_backend
 from piperjax.planner.dispatchers import Way
-from piperjax.planner.layer_time import HIDDEN_FRACTION
+from piperjax.planner.layer_time import saved_seconds
 from piperjax.planner.memory import Layout, is_straight, rank_memory
 from piperjax.planner.plan import RECOMPUTING_MODES, Plan
 from piperjax.planner.shared_cores import fresh_seconds
@@ -227,9 +227,11 @@ def _seconds(
     pace = np.take_along_axis(pace, slowest[..., None, None], axis=2)[:, :, 0]
     saved = np.zeros(pace.shape[:2])
     device = question.platform.device
-    if order.overlap and device.concurrent_devices is None:
+    if order.overlap:
         forward, backward, sent, returned = (stages[..., i] for i in (0, 1, 4, 5))
-        saved = HIDDEN_FRACTION * (np.minimum(sent, backward) + np.minimum(returned, forward)).min(-1)
+        platform = question.platform
+        saved = saved_seconds(platform, sent, backward) + saved_seconds(platform, returned, forward)
+        saved = saved.min(-1)
     seconds = counted.seconds(np.concatenate([pace, saved[..., None]], axis=-1))
     transfers = counted.num_ticks * np.array([cell.transfer for cell in cells])
     outer = number * np.stack([cell.outer for cell in cells])

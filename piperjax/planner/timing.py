@@ -15,7 +15,7 @@ import numpy as np
 from meshes.platform import Platform
 from models import cost
 from models.config import ModelConfig, MoEFFN
-from piperjax.planner.layer_time import HIDDEN_FRACTION, LayerSeconds, layer_seconds
+from piperjax.planner.layer_time import LayerSeconds, layer_seconds, saved_seconds
 from piperjax.planner.memory import estimate_memory
 from piperjax.planner.network import Rows, all_reduce, axis_group, dispatch_transfer, permute
 from piperjax.planner.plan import Plan
@@ -144,10 +144,12 @@ def action_costs(
 
 def hidden_seconds(stages: Iterable[LayerSeconds], platform: Platform) -> float:
     """Seconds that a forward and a backward side by side save, on the stage that saves least."""
-    if platform.device.concurrent_devices is not None:
-        return 0.0  # Simulated devices exchange by copying: there is nothing to hide.
-    return HIDDEN_FRACTION * min(
-        min(s.exchange_forward, s.backward) + min(s.exchange_backward, s.forward) for s in stages
+    return min(
+        float(
+            saved_seconds(platform, s.exchange_forward, s.backward)
+            + saved_seconds(platform, s.exchange_backward, s.forward)
+        )
+        for s in stages
     )
 
 

@@ -98,6 +98,18 @@ def test_devices_that_share_cores():
     assert DEVICE.together_seconds(3.0, 24.0) == 3.0
 
 
+def test_collectives_slow_down_what_runs_beside_them():
+    slowed = replace(DEVICE, interference_fraction=0.25)
+    # In the 8 seconds of the exchange 6 of the computation are done; then the rest, alone.
+    assert slowed.beside_seconds(8.0, 3.0) == 8.0
+    assert slowed.beside_seconds(8.0, 6.0) == 8.0
+    assert slowed.beside_seconds(8.0, 10.0) == 8.0 + 4.0
+    assert DEVICE.beside_seconds(8.0, 10.0) == 10.0
+    np.testing.assert_array_equal(slowed.beside_seconds(np.array([8.0, 0.0]), 10.0), [12.0, 10.0])
+    # Simulated devices copy with the cores that compute.
+    assert replace(slowed, concurrent_devices=2).beside_seconds(8.0, 3.0) == 11.0
+
+
 def test_a_peak_is_known_unless_assumed_or_shared():
     vendor = replace(DEVICE, provenance="vendor")
     assert vendor.known_peak("float32") == 1e12
@@ -163,6 +175,8 @@ def test_wrong_products_are_refused(changes, sentence):
         (dict(memory_efficiency=2), "device.memory_efficiency must be at most 1, got 2"),
         (dict(launch_seconds=-1e-6), "device.launch_seconds must be a number of at least 0"),
         (dict(reserve_bytes=-1), "device.reserve_bytes must be a whole number of at least 0, got -1"),
+        (dict(interference_fraction=-0.1), "device.interference_fraction must be a number of at least 0"),
+        (dict(interference_fraction=1.1), "device.interference_fraction must be at most 1, got 1.1"),
         (dict(host_bytes_per_second=0), "device.host_bytes_per_second must be a positive number"),
     ],
 )

@@ -85,6 +85,10 @@ def test_chunks_travel_beside_experts():
     # What is inside of nodes comes with the experts: 1, 4, 4, 4, 4, 1.
     inside = Stages(Transfer(seconds=1.0), Transfer(seconds=1.0))
     assert exposed_seconds(platform, inside, 4, 8.0) == pytest.approx(16 - HIDDEN_FRACTION * (24 - 18))
+    # The wire takes a quarter of the experts' rate: 2 seconds beside 1 or 2 of wire become 2.25, or 2.5.
+    slowed = machine(interference_fraction=0.25)
+    exposed = exposed_seconds(slowed, one, 4, 8.0)
+    assert exposed == pytest.approx(8 - HIDDEN_FRACTION * (16 - (1 + 2.25 + 2.5 + 2.5 + 2.25 + 1)))
     simulated = dataclasses.replace(platform, device=machine(concurrent_devices=2.0).device)
     assert exposed_seconds(simulated, one, 4, 8.0) == 8
 

@@ -7,13 +7,14 @@ import pytest
 from meshes.platform import load_platform
 from models import cost
 from models.presets import preset
-from piperjax.planner.layer_time import layer_seconds
+from piperjax.planner.layer_time import HIDDEN_FRACTION, LayerSeconds, layer_seconds
 from piperjax.planner.plan import default_plan
 from piperjax.planner.step_end import step_end_seconds
 from piperjax.planner.timing import (
     Conditions,
     action_costs,
     estimate_time,
+    hidden_seconds,
     stage_seconds,
     uncertainty,
 )
@@ -110,6 +111,22 @@ def test_overlap_hides_exchanges():
     shown = estimate_time(model, plan, FRONTIER, Conditions(rows="exact"))
     assert hidden.parts["exposed_all_to_all"] < 0.9 * shown.parts["exposed_all_to_all"]
     assert hidden.parts["compute"] == pytest.approx(shown.parts["compute"])
+
+
+def test_what_collectives_take_from_products_is_priced():
+    """Three times what the exchanges last of products: all could be hidden, less what they take from the products."""
+    stages = [LayerSeconds(forward=3, backward=6, exchange_forward=1, exchange_backward=2)]
+
+    def saved(**changes):
+        return hidden_seconds(stages, dataclasses.replace(FRONTIER, device=device_with(**changes)))
+
+    def device_with(**changes):
+        return dataclasses.replace(FRONTIER.device, **changes)
+
+    assert saved(interference_fraction=0.0) == pytest.approx(HIDDEN_FRACTION * 3)
+    assert saved(interference_fraction=0.4) == pytest.approx(HIDDEN_FRACTION * 0.6 * 3)
+    assert saved(interference_fraction=0.4, concurrent_devices=1.0) == 0
+    assert 0 < hidden_seconds(stages, FRONTIER) < HIDDEN_FRACTION * 3
 
 
 def test_imbalance_costs_time():
