@@ -79,6 +79,13 @@ class Run:
                 f"{self.devices} devices do not divide by tensor {self.tensor} x context {self.context} x pipe "
                 f"{self.pipe}"
             )
+        experts = self.model.num_experts or 1
+        if experts % self.expert or self.expert > experts:
+            raise ValueError(f"{experts} experts do not divide by expert {self.expert}")
+        if self.pipe * self.virtual > self.model.num_layers + self.model.prediction_layers:
+            raise ValueError(
+                f"{self.model.num_layers} layers are fewer than pipe {self.pipe} x virtual {self.virtual}"
+            )
         share = self.expert * self.expert_tensor
         if self.devices // self.pipe % share:
             raise ValueError(

@@ -12,7 +12,16 @@ from itertools import product
 from typing import Any
 
 from benchmarks.frameworks import Run, Software, predict
-from benchmarks.records import BRIDGE_STREAMS, DROPPING, UnknownRowError, model_of, platform_of
+from benchmarks.records import (
+    BRIDGE_STREAMS,
+    DROPPING,
+    UnknownRowError,
+    is_of_frontier,
+    model_of,
+    platform_of,
+    positive,
+    whole,
+)
 from meshes.axes import divisors
 from models import cost
 from models.config import LayerConfig, ModelConfig, MoEFFN
@@ -25,6 +34,9 @@ from piperjax.planner.search import answer
 SINGLE_LAYER_TOKENS = 16_384
 # Sequences of a step where they are not published; those of X-MoE are.
 GLOBAL_BATCH = 1_024
+# In weak scaling a device has as much to do in every run, so sequences grow with devices; the largest run, on 1,024,
+# is taken to have as many as others.
+WEAK_SEQUENCES_PER_DEVICE = GLOBAL_BATCH // 1_024
 BYTES = 2  # of an element of a 16-bit type
 # Uneven exchanges make the host wait for counts (as Bridge's releases up to 26.04 do); Piper's overhead is not known.
 OWN, OWN_LIKE_PIPER = "own planner", "own, as Piper"
@@ -115,10 +127,12 @@ def outcomes(row: Mapping[str, Any]) -> Iterator[Outcome]:
     Raises:
       UnknownRowError: if it is none of those, or says too little.
     """
-    source, name = str(row.get("src", "")), str(row.get("model", ""))
-    if "Piper" not in source and "X-MoE" not in source and "2508.13337" not in source:
+    name = str(row.get("model", ""))
+    if not is_of_frontier(str(row.get("src") or "")):
         raise UnknownRowError("not a form of measurement with known parallelism")
+    row = _checked(row)
     if name.startswith("piper-weak"):
+        row = {"gbs": WEAK_SEQUENCES_PER_DEVICE * row.get("gpus", 0) or None} | row
         name = {"E16": "weak_110b", "E128": "weak_862b", "E256": "weak_1_7t"}.get(
             name.rsplit(maxsplit=1)[-1], name
         )
@@ -129,6 +143,8 @@ def outcomes(row: Mapping[str, Any]) -> Iterator[Outcome]:
         raise UnknownRowError(f"framework {strategy!r} is not described")
     system, label = SYSTEMS[strategy], f"{strategy} {name}"
     if "activation_per_moe_layer_gb" in row:
+        if name not in SEQUENCES:
+            raise UnknownRowError(f"the tokens of a device are not published for {name!r}")
         kept = SEQUENCES[name] * moe_bytes_per_token(model, system, SEQUENCES[name]) / 2**30
         yield Outcome(
             label=label, kind="memory", published=row["activation_per_moe_layer_gb"], predicted=kept
@@ -137,6 +153,20 @@ def outcomes(row: Mapping[str, Any]) -> Iterator[Outcome]:
         yield _single_layer(model, row, label)
     else:
         yield from _whole_models(model, row, system)
+
+
+def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says, without nulls; its numbers are such that make sense."""
+    row = {name: value for name, value in row.items() if value is not None}
+    row |= {count: whole(row, count) for count in ("gpus", "seq", "gbs") if count in row}
+    for measured in ("tflops", "activation_per_moe_layer_gb"):
+        if measured in row:
+            positive(measured, row[measured])
+    if not isinstance(row.get("strategy", "Piper"), str):
+        raise UnknownRowError(f"framework {row['strategy']!r} is not described")
+    if row.get("recompute") not in (None, "none", "full"):
+        raise UnknownRowError(f"recomputation {row['recompute']!r} is not described; there are none and full")
+    return row
 
 
 def _whole_models(model: ModelConfig, row: Mapping[str, Any], system: System) -> Iterator[Outcome]:
@@ -163,14 +193,16 @@ SEQUENCES = {"xmoe-small": 2048, "xmoe-medium": 4096, "xmoe-large": 4096, "xmoe-
 
 def _single_layer(model: ModelConfig, row: Mapping[str, Any], label: str) -> Outcome:
     platform, tokens = platform_of(row["hw"]), SINGLE_LAYER_TOKENS
-    layer = _moe_layer(model)
+    layer, devices = _moe_layer(model), row["gpus"]
+    if layer.ffn.num_experts % devices:
+        raise UnknownRowError(f"{layer.ffn.num_experts} experts do not divide by {devices} devices")
     found = layer_seconds(
         model,
         layer,
         platform,
         tokens=tokens,
         seq_len=4096,
-        expert_factors=platform.expert_factors(expert=row["gpus"], pipe=1, data=1),
+        expert_factors=platform.expert_factors(expert=devices, pipe=1, data=1),
         memory_mode="stash",
         rows="exact",
     )
@@ -180,7 +212,10 @@ def _single_layer(model: ModelConfig, row: Mapping[str, Any], label: str) -> Out
 
 
 def _moe_layer(model: ModelConfig) -> LayerConfig:
-    return next(layer for layer in model.layers if isinstance(layer.ffn, MoEFFN))
+    found = next((layer for layer in model.layers if isinstance(layer.ffn, MoEFFN)), None)
+    if found is None:
+        raise UnknownRowError(f"{model.name} has no experts")
+    return found
 
 
 def moe_bytes_per_token(model: ModelConfig, system: System, tokens: int) -> float:
@@ -248,6 +283,8 @@ def _fits(model: ModelConfig, row: Mapping[str, Any], system: System, devices: i
     """Whether the most economical division fits; the row says whether it did."""
     row = {"gbs": GLOBAL_BATCH, **row}
     runs = list(_divisions(model, row, system, devices, seq_len))
+    if not runs:
+        raise UnknownRowError(f"nothing divides {devices} devices for {row['strategy']}")
     least = min(needed_bytes(model, system, run) for run in runs)
     return Outcome(
         label=f"{row['strategy']} {row['model']} {devices} devices",
@@ -291,7 +328,7 @@ def _best_division(model: ModelConfig, row: Mapping[str, Any], system: System, s
             best = max(runs, key=lambda run: predict(run).flop_per_second)
             break
     else:
-        raise UnknownRowError("no division fits")
+        raise UnknownRowError(f"no division fits for {row.get('strategy', 'Piper')}")
     mode = "recomputing" if best.memory_mode == "layer" else "keeping everything"
     return Outcome(
         label=f"{row.get('strategy', 'Piper')} {row['model']} {devices} devices",

@@ -1,13 +1,17 @@
 """Published measurements as runs that can be priced: what a row says, and what is known of the framework it ran on.
 
 A row is a JSON object of one of the forms below; what a form leaves unsaid is filled in here, the same for all its
-rows. A row that cannot be understood becomes a reason, never a traceback.
+rows. A row that cannot be understood becomes a reason, never a traceback. What was not seen when this was written:
+a release is as fast as the last one known before it (the first, if it is older), a release that is not named and any
+other framework as the middle one, and what a variant of Primus adds is read off its words.
 """
 
 import dataclasses
 import re
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from benchmarks.frameworks import Run, Software
@@ -26,11 +30,14 @@ BRIDGE_HOPPER_EXPOSED = 0.65
 # Experts that drop what exceeds their capacity have static shapes, so that nothing waits for row counts; such runs
 # use plain all-to-alls.
 DROPPING = Software(streams=0.9, exposed=1.0, dispatcher="flat")
-# Groups of experts that routing limits a token to; recipes put one on each node.
 # Primus: seconds that the host needs for a layer; with less than two sequences of 4,096 tokens on a device, steps of
 # DeepSeek-V2-Lite do not become shorter. DeepEP hides or saves this part of the exchanges.
 PRIMUS_HOST_SECONDS = 14e-3
 PRIMUS_DEEPEP_EXPOSED = 0.6
+# Nothing is hidden by a framework of which nothing is known, and what is no product takes as long as in the middle.
+UNKNOWN = Software(streams=statistics.median(BRIDGE_STREAMS.values()))
+# What is asked in reason; a number beyond is a mistake, and would take forever.
+MOST = 10_000_000
 
 
 class UnknownRowError(ValueError):
@@ -56,8 +63,7 @@ class Record:
     run: Run
 
     def __post_init__(self):
-        if not isinstance(self.published, int | float) or not self.published > 0:
-            raise UnknownRowError(f"what was measured must be a positive number, got {self.published!r}")
+        positive("what was measured", self.published)
 
 
 def read(row: Mapping[str, Any]) -> Record:
@@ -68,6 +74,8 @@ def read(row: Mapping[str, Any]) -> Record:
     """
     source = str(row.get("source") or row.get("src") or "")
     try:
+        if row.get("oom") and not any(row.get(rate) for rate in RATES):
+            raise UnknownRowError("not a form of throughput: it ran out of memory")
         if "tokens_per_second_per_device" in row:
             return _bridge(row, source)
         if "2504.14960" in source and "mfu" in row:
@@ -77,6 +85,8 @@ def read(row: Mapping[str, Any]) -> Record:
         if "Primus" in source and "schedule" in row:
             # benchmarks/published_schedules.py compares the order of these.
             raise UnknownRowError("neither microbatches nor sequence length are published")
+        if "par" in row and any(rate in row for rate in RATES) and not is_of_frontier(source):
+            return _other(row)
     except KeyError as error:
         raise UnknownRowError(f"the row has no field {error}") from None
     except UnknownRowError:
@@ -86,14 +96,30 @@ def read(row: Mapping[str, Any]) -> Record:
     raise UnknownRowError("not a form of measurement of throughput with known parallelism")
 
 
+def is_of_frontier(source: str) -> bool:
+    """Whether a row is one of those that `frontier.py` reads."""
+    return any(name in source for name in ("Piper", "X-MoE", "2508.13337"))
+
+
+def positive(name: str, value: Any) -> float:
+    """A positive finite number.
+
+    Raises:
+      UnknownRowError: if it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or not isfinite(value):
+        raise UnknownRowError(f"{name} must be a positive number, got {value!r}")
+    return value
+
+
 def platform_of(text: str) -> Platform:
     """The machine whose kind of device a text names, such as "H100-80 SXM" or "gb300".
 
     Raises:
       UnknownRowError: if no file describes it.
     """
-    words = re.findall(r"[a-z]+\d+[a-z]*|frontier", str(text).lower())
-    words = ["frontier" if word == "mi250x" else word for word in words]
+    words = re.findall(r"[a-z]+\d+[a-z]*|frontier|lumi", str(text).lower())
+    words += ["frontier"] * ("mi250x" in words and "lumi" not in words)
     for name in known_platforms():
         if name.split("_")[0] in words:
             return load_platform(name)
@@ -146,20 +172,33 @@ _OTHERS = {
 }
 
 
-def _dtype(precision: str) -> str:
-    text = str(precision).upper()
-    if text in ("BF16", "FP16/BF16", "UNSPECIFIED"):
+def _dtype(precision: Any, platform: Platform) -> str:
+    """What products are computed in; 16 bits where a row does not say. There are several kinds of 8 bits."""
+    text = str(precision or "unspecified").upper()
+    if text in ("BF16", "BFLOAT16", "FP16/BF16", "BF16/FP16", "UNSPECIFIED"):
         return "bfloat16"
-    if "FP8" in text:
-        return "float8_e4m3fn"
-    raise UnknownRowError(f"precision {precision!r} is not described")
+    if text in ("FP16", "FLOAT16"):
+        return "float16"
+    narrow = [dtype for dtype in platform.device.peak_flop_per_second if dtype.startswith("float8")]
+    if ("FP8" in text or "FLOAT8" in text) and narrow:
+        return narrow[0]
+    raise UnknownRowError(f"precision {precision!r} is not described for {platform.name}")
 
 
-def _whole(row: Mapping[str, Any], name: str, default: int | None = None) -> int:
+def whole(row: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A whole number of a row, or a default where it says nothing.
+
+    Raises:
+      UnknownRowError: if it is no number, or one that makes no sense.
+      KeyError: if it is missing.
+    """
     value = row[name] if default is None else row.get(name) or default
-    if type(value) is not int or value < 1:
-        raise UnknownRowError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return value
+    number = int(value) if isinstance(value, float) and value.is_integer() else value
+    if type(number) is not int or not 1 <= number <= MOST:
+        raise UnknownRowError(
+            f"{name} must be a whole number of at least 1 and at most {MOST:,}, got {value!r}"
+        )
+    return number
 
 
 def _bridge(row: Mapping[str, Any], source: str) -> Record:
@@ -171,22 +210,23 @@ def _bridge(row: Mapping[str, Any], source: str) -> Record:
     )
     if model.name == "deepseek_v3" and "w/o" not in variant:
         model = dataclasses.replace(model, prediction_layers=1)
-    release = re.search(r"\b(\d\d\.\d\d)", source)
-    software = bridge_software(release.group(1) if release else "", platform.name)
+    release = bridge_release(source)
+    software = bridge_software(release, platform.name) if release else UNKNOWN
     drops = "tokendrop" in variant
     run = Run(
         model=model,
         platform=platform,
-        devices=_whole(row, "devices"),
-        **{name: _whole(row, name, 1) for name in ("tensor", "context", "pipe", "virtual", "expert")},
-        microbatch=_whole(row, "microbatch"),
-        global_batch=_whole(row, "global_batch"),
-        seq_len=_whole(row, "seq"),
-        dtype=_dtype(row.get("precision", "BF16")),
+        devices=whole(row, "devices"),
+        **{name: whole(row, name, 1) for name in ("tensor", "context", "pipe", "virtual", "expert")},
+        microbatch=whole(row, "microbatch"),
+        global_batch=whole(row, "global_batch"),
+        seq_len=whole(row, "seq"),
+        dtype=_dtype(row.get("precision"), platform),
         capacity_factor=1.0 if drops else 0.0,
         software=DROPPING if drops else software,
     )
-    label = f"{row['model']} {row.get('precision', '')} {row['devices']} devices {release.group(0) if release else ''}"
+    label = f"{row['model']} {row.get('precision', '')} {row['devices']} devices "
+    label += release or NOT_KNOWN
     return Record(
         label=label + " drops" * drops,
         platform=platform.name,
@@ -194,6 +234,12 @@ def _bridge(row: Mapping[str, Any], source: str) -> Record:
         published=row["tokens_per_second_per_device"],
         run=run,
     )
+
+
+def bridge_release(source: str) -> str:
+    """The release of Megatron Bridge that a source names, such as "26.04"; "" if none, or it is another framework."""
+    found = re.search(r"\b(\d\d\.\d\d)", source) if "bridge" in source.lower() else None
+    return found.group(1) if found else ""
 
 
 def bridge_software(release: str, platform: str) -> Software:
@@ -207,8 +253,18 @@ def bridge_software(release: str, platform: str) -> Software:
 
 
 def degrees(text: str) -> dict[str, int]:
-    """Degrees of parallelism in a text such as "TP2 EP8 PP8 ETP1"."""
-    return {word: int(number) for word, number in re.findall(r"\b([A-Z]+)(\d+)\b", text)}
+    """Degrees of parallelism in a text such as "TP2 EP8 PP8 ETP1".
+
+    Raises:
+      UnknownRowError: if it is no text, or a degree is 0.
+    """
+    if not isinstance(text, str):
+        raise UnknownRowError(f"degrees of parallelism must be a text such as 'TP2 EP8', got {text!r}")
+    found = {word: int(number) for word, number in re.findall(r"\b([A-Z]+)(\d+)\b", text)}
+    for word, number in found.items():
+        if not 1 <= number <= MOST:
+            raise UnknownRowError(f"{word} must be at least 1, got {word}{number}")
+    return found
 
 
 def _folding(row: Mapping[str, Any]) -> Record:
@@ -218,47 +274,108 @@ def _folding(row: Mapping[str, Any]) -> Record:
     run = Run(
         model=model,
         platform=platform,
-        devices=row["gpus"],
+        devices=whole(row, "gpus"),
         tensor=par.get("TP", 1),
+        context=par.get("CP", 1),
         pipe=par.get("PP", 1),
         expert=par.get("EP", 1),
         expert_tensor=par.get("ETP", par.get("TP", 1)),
-        global_batch=row["gbs"],
-        seq_len=row["seq"],
-        dtype=_dtype(row["prec"]),
-        capacity_factor=row["cap_factor"],
-        gathers_parameters="FSDP" in row["strategy"],
+        global_batch=whole(row, "gbs"),
+        seq_len=whole(row, "seq"),
+        dtype=_dtype(row.get("prec"), platform),
+        capacity_factor=positive("cap_factor", row["cap_factor"]),
+        gathers_parameters="FSDP" in str(row["strategy"]),
         software=DROPPING,
     )
-    flop = cost.flop_per_token(model, row["seq"]).step
     return Record(
         label=f"{row['model']} {row['strategy']} {row['par']} {row['gpus']} devices",
         platform=platform.name,
         unit="tokens/s",
-        published=row["mfu"] / 100 * row["peak"] * 1e12 / flop,
+        published=_tokens_per_second(row, run),
+        run=run,
+    )
+
+
+# Rates by which a row of another form may state its throughput, all per device.
+RATES = (
+    "tok_s_gpu",
+    "tokens_per_second_per_device",
+    "tflops",
+    "mfu",
+    "samples_per_gpu_s",
+    "tflops_causal",
+    "mfu_causal",
+)
+NOT_KNOWN = "(of no known framework or release)"
+
+
+def _tokens_per_second(row: Mapping[str, Any], run: Run) -> float:
+    """Per device, from whichever rate a row has; FLOP are the model's own, causal."""
+    flop = cost.flop_per_token(run.model, run.seq_len).step
+    name = next((rate for rate in RATES if row.get(rate) is not None), None)
+    if name is None:
+        raise UnknownRowError("nothing was measured")
+    value = positive("what was measured", row[name])
+    if name.startswith("mfu"):
+        peak = positive(
+            "peak", row.get("peak") or run.platform.device.peak_flop_per_second["bfloat16"] / 1e12
+        )
+        return value / 100 * peak * 1e12 / flop
+    if name.startswith("tflops"):
+        return value * 1e12 / flop
+    return value * (run.seq_len if name == "samples_per_gpu_s" else 1)
+
+
+def _other(row: Mapping[str, Any]) -> Record:
+    """A framework of which nothing is known, with its degrees in a text and one of the rates."""
+    par, platform = degrees(row["par"]), platform_of(row.get("hw") or row.get("platform"))
+    run = Run(
+        model=model_of(row["model"]),
+        platform=platform,
+        devices=whole(row, "gpus"),
+        tensor=par.get("TP", 1),
+        context=par.get("CP", 1),
+        pipe=par.get("PP", 1),
+        virtual=par.get("VPP", 1) if par.get("PP", 1) > 1 else 1,
+        expert=par.get("EP", 1),
+        expert_tensor=par.get("ETP", 1),
+        microbatch=whole(row, "mbs", par.get("MBS", 1)),
+        global_batch=whole(row, "gbs"),
+        seq_len=whole(row, "seq"),
+        dtype=_dtype(row.get("prec"), platform),
+        software=UNKNOWN,
+    )
+    return Record(
+        label=f"{row['model']} {row['par']} {row['gpus']} devices {NOT_KNOWN}",
+        platform=platform.name,
+        unit="tokens/s",
+        published=_tokens_per_second(row, run),
         run=run,
     )
 
 
 def _primus(row: Mapping[str, Any]) -> Record:
     """Primus on MI355X: rows are variants, each on top of those before it in its table."""
-    par, variant = degrees(row["par"]), row["variant"]
+    par, variant = degrees(row["par"]), str(row.get("variant") or "")
+    platform, devices = platform_of(row["hw"]), whole(row, "gpus")
+    microbatch = whole(row, "mbs", par.get("MBS", 1))
     chunks = re.search(r"VPP(\d+)", variant)
     virtual = int(chunks.group(1)) if chunks else (3 if variant == "+sync-free" else 1)
     run = Run(
         model=model_of(row["model"]),
-        platform=platform_of(row["hw"]),
-        devices=row["gpus"],
+        platform=platform,
+        devices=devices,
         tensor=par.get("TP", 1),
+        context=par.get("CP", 1),
         pipe=par.get("PP", 1),
         virtual=virtual if par.get("PP", 1) > 1 else 1,
         expert=par.get("EP", 1),
-        microbatch=row.get("mbs") or par.get("MBS", 1),
+        microbatch=microbatch,
         # Not published for the small model, and without a pipeline it matters little.
-        global_batch=row.get("gbs") or 8 * row["gpus"] * row["mbs"],
-        seq_len=row["seq"],
-        dtype=_dtype(row["prec"]),
-        software=_primus_software(row["model"], variant),
+        global_batch=whole(row, "gbs", 8 * devices * microbatch),
+        seq_len=whole(row, "seq"),
+        dtype=_dtype(row.get("prec"), platform),
+        software=_primus_software(variant, pipelined=par.get("PP", 1) > 1),
     )
     return Record(
         label=f"{row['model']} {run.microbatch} x {row['seq']} {row['gpus']} devices {variant}",
@@ -269,25 +386,22 @@ def _primus(row: Mapping[str, Any]) -> Record:
     )
 
 
-def _primus_software(model: str, variant: str) -> Software:
-    """Optimisations in the order in which each table adds them; those of Bridge's releases without and with waits."""
-    order = {
-        "deepseek-v2-lite": ("baseline", "+loss fusion", "+DeepEP", "+sync-free", "+NUMA/launch", "MBS14"),
-        "deepseek-v2": (
-            "1F1B base",
-            "+loss fusion",
-            "+DeepEP",
-            "+launch/NUMA",
-            "+VPP3",
-            "+sync-free",
-            "+VPP5",
-        ),
-    }[model]
-    if variant not in order:
-        raise UnknownRowError(f"variant {variant!r} of Primus is not described; there are {', '.join(order)}")
-    reached = order.index(variant)
+# Optimisations in the order in which the tables of Primus add them, one without and one with a pipeline.
+PRIMUS_ORDER = {
+    False: ("baseline", "loss fusion", "deepep", "sync-free", "numa", "mbs14"),
+    True: ("1f1b base", "loss fusion", "deepep", "numa", "vpp3", "sync-free", "vpp5"),
+}
+
+
+def _primus_software(variant: str, *, pipelined: bool) -> Software:
+    """Habits of a variant, on top of all those before the last one that it names; the first if it names none.
+
+    Without waits for row counts and with them it is like those of Bridge's releases.
+    """
+    order = PRIMUS_ORDER[pipelined]
+    reached = max((place for place, name in enumerate(order) if name in variant.lower()), default=0)
     return Software(
-        streams=DROPPING.streams if reached >= order.index("+sync-free") else BRIDGE_STREAMS["26.02"],
-        exposed=PRIMUS_DEEPEP_EXPOSED if reached >= order.index("+DeepEP") else 1.0,
+        streams=DROPPING.streams if reached >= order.index("sync-free") else BRIDGE_STREAMS["26.02"],
+        exposed=PRIMUS_DEEPEP_EXPOSED if reached >= order.index("deepep") else 1.0,
         host_seconds=PRIMUS_HOST_SECONDS,
     )

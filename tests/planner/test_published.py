@@ -1,11 +1,13 @@
 """Tests of the time model against published throughput, and of the command that compares them."""
 
 import json
+import math
+import sys
 
 import pytest
 
 from benchmarks.frameworks import Run, Software, predict
-from benchmarks.frontier import SYSTEMS, moe_bytes_per_token
+from benchmarks.frontier import SYSTEMS, moe_bytes_per_token, outcomes
 from benchmarks.records import UnknownRowError, bridge_software, degrees, platform_of, read
 from benchmarks.validate import (
     GOLDEN,
@@ -13,6 +15,7 @@ from benchmarks.validate import (
     RANK_CORRELATION,
     evaluate,
     load,
+    main,
     rank_correlation,
     report,
     summarise,
@@ -20,14 +23,14 @@ from benchmarks.validate import (
 from meshes.platform import load_platform
 from models.presets import preset
 
-ROWS = load(GOLDEN)
+ROWS = [line.row for line in load(GOLDEN)]
 BRIDGE = next(row for row in ROWS if row.get("platform") == "gb200")
 
 
 def test_every_platform_is_predicted_within_the_bar():
     results = evaluate(row for row in ROWS if "tflops" not in row and "oom" not in row)
     assert set(results.measured) == {"gb200_nvl72", "gb300_nvl72", "h100_pod", "mi355x_node"}
-    assert not results.skipped
+    assert not results.left_out
     for platform, pairs in results.measured.items():
         error, correlation = summarise(pairs)
         assert error <= MEDIAN_ERROR, platform
@@ -50,6 +53,17 @@ def test_memory_of_a_layer_is_what_x_moe_publishes():
     assert kept["theory"] == pytest.approx(1.125)
 
 
+def test_weak_scaling_loses_what_was_published():
+    """Sequences grow with devices, so that the efficiency of Piper on 1,024 of them, over 64, follows: 73 %."""
+    rows = {row["gpus"]: row for row in ROWS if str(row.get("model", "")).startswith("piper-weak")}
+
+    def rate(devices):
+        found = next(o for o in outcomes(rows[devices]) if o.kind == "best division")
+        return found.predicted
+
+    assert rate(1024) / rate(64) == pytest.approx(33.04 / 45.15, abs=0.07)
+
+
 def test_without_releases_rows_of_the_same_run_are_alike():
     rows = [row for row in ROWS if row.get("platform") == "gb300" and row["model"] == "qwen3-30b-a3b"]
     one = evaluate([row for row in rows if row["microbatch"] == 8], one_release=True).measured["gb300_nvl72"]
@@ -65,14 +79,15 @@ def test_without_releases_rows_of_the_same_run_are_alike():
         ({"precision": "NVFP4"}, "precision 'NVFP4' is not described"),
         ({"expert": 48}, "do not divide by expert 48"),
         ({"global_batch": 3}, "does not divide into microbatches"),
-        ({"devices": "many"}, "devices must be a whole number of at least 1, got 'many'"),
+        ({"devices": "many"}, "devices must be a whole number of at least 1"),
         ({"tokens_per_second_per_device": None}, "must be a positive number, got None"),
     ],
 )
 def test_rows_that_cannot_be_priced_say_why(changes, reason):
     with pytest.raises(UnknownRowError, match=reason):
         read({**BRIDGE, **changes})
-    assert sum(evaluate([{**BRIDGE, **changes}]).skipped.values()) == 1
+    (left,) = evaluate([{**BRIDGE, **changes}]).left_out
+    assert reason in left.reason
 
 
 @pytest.mark.parametrize(
@@ -81,7 +96,7 @@ def test_rows_that_cannot_be_priced_say_why(changes, reason):
 def test_anything_else_is_skipped(row):
     results = evaluate([row])
     assert not results.measured and not results.others
-    assert sum(results.skipped.values()) == 1
+    assert len(results.left_out) == 1
 
 
 def test_fields_may_be_missing():
@@ -159,14 +174,124 @@ def test_report_prints_every_row(capsys):
     assert (
         "deepseek-v3" in printed
         and "bar 3 gb200_nvl72" in printed
-        and "skipped 1: no model named 'm'" in printed
+        and "left out 1 of gb200_nvl72: no model named 'm' is described: row:2" in printed
+        and "met; 1 left out: 1 no model named 'm' is described" in printed
     )
 
 
 def test_files_that_cannot_be_read_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="cannot read .*nowhere.jsonl"):
         load(tmp_path / "nowhere.jsonl")
+    text = tmp_path / "text.jsonl"
+    text.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="cannot read .*text.jsonl: it is not text"):
+        load(text)
+
+
+def test_lines_that_are_not_json_are_left_out(tmp_path):
     broken = tmp_path / "broken.jsonl"
-    broken.write_text(json.dumps(BRIDGE) + "\nnot json\n")
-    with pytest.raises(ValueError, match="broken.jsonl, line 2, is not JSON"):
-        load(broken)
+    broken.write_text("\ufeff" + json.dumps(BRIDGE) + '\n\nnot json\n{"a": "\u2028"}\n', encoding="utf-8")
+    results = evaluate(load(broken))
+    assert sum(map(len, results.measured.values())) == 1
+    assert [left.place for left in results.left_out] == ["broken.jsonl:3", "broken.jsonl:4"]
+    assert results.left_out[0].reason == "not a JSON object"
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "[]\n", '{"model": "m"}\n'])
+def test_nothing_to_predict_is_status_2(tmp_path, capsys, monkeypatch, text):
+    file = tmp_path / "file.jsonl"
+    file.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["validate", str(file)])
+    assert main() == 2
+    assert "nothing could be predicted" in capsys.readouterr().err
+
+
+def test_rows_left_out_are_listed_by_reason(capsys):
+    nobody = {**BRIDGE, "model": "m"}
+    report(evaluate([BRIDGE, nobody, nobody | {"seq": 1}, nobody | {"seq": 2}, None, nobody | {"seq": 3}, 5]))
+    printed = capsys.readouterr().out
+    assert "left out 4 of gb200_nvl72: no model named 'm' is described: row:2-4, row:6" in printed
+    assert "left out 2 of no known platform: not a JSON object: row:5, row:7" in printed
+    assert "no known platform: 2 left out: 2 not a JSON object" in printed
+
+
+def test_status_says_whether_bars_are_met(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "file.jsonl"
+    monkeypatch.setattr(sys, "argv", ["validate", str(file)])
+    for factor, status in ((1, 0), (5, 1)):
+        rate = factor * BRIDGE["tokens_per_second_per_device"]
+        file.write_text(json.dumps({**BRIDGE, "tokens_per_second_per_device": rate}))
+        assert main() == status
+
+
+def test_the_same_row_counts_once():
+    results = evaluate([BRIDGE, dict(reversed(BRIDGE.items()))])
+    assert sum(map(len, results.measured.values())) == 1
+    assert [left.reason for left in results.left_out] == ["the same as a row before it"]
+
+
+FOLDING = next(row for row in ROWS if "mfu" in row)
+PRIMUS = next(row for row in ROWS if row.get("variant") == "+sync-free" and "gbs" not in row)
+OF_PIPER = next(row for row in ROWS if row.get("scope"))
+OF_X_MOE = next(row for row in ROWS if row.get("oom"))
+
+
+@pytest.mark.parametrize("row", [BRIDGE, FOLDING, PRIMUS, OF_PIPER, OF_X_MOE])
+def test_every_field_may_be_anything(row):
+    """Missing, null, or of another kind: a row is predicted or left out with a sentence."""
+    for name in row:
+        for value in (None, "x PP0", -1, 0.5, 7, True, [], {}, float("nan"), 10**30):
+            results = evaluate([{**row, name: value}])
+            assert len(results.left_out) <= 1
+            for left in results.left_out:
+                words = ("NoneType", "object", "operand", "instances", "argument")
+                assert not any(word in left.reason for word in words), (name, value, left.reason)
+            for pairs in results.measured.values():
+                assert all(math.isfinite(predicted) for _, predicted in pairs), (name, value)
+            assert results.left_out or results.measured or results.others, (name, value)
+        missing = evaluate([{key: value for key, value in row.items() if key != name}])
+        assert missing.left_out or missing.measured or missing.others
+
+
+def test_frameworks_and_releases_that_were_not_seen_are_in_the_middle():
+    slow, fast = (predict(read({**BRIDGE, "source": f"Bridge, {r}"}).run) for r in ("25.11", "26.06"))
+    for source in ("NVIDIA Megatron-Bridge performance pages", "torchtitan, 26.06", ""):
+        record = read({**BRIDGE, "source": source})
+        assert "no known framework or release" in record.label
+        assert slow.tokens_per_second < predict(record.run).tokens_per_second < fast.tokens_per_second
+    other = read({**PRIMUS, "src": "MaxText", "mbs": 2, "gbs": 128})
+    assert predict(other.run).tokens_per_second < predict(read(PRIMUS).run).tokens_per_second
+    assert read({**FOLDING, "src": "another paper"}).published == pytest.approx(read(FOLDING).published)
+
+
+def test_variants_that_were_not_seen_have_what_they_name():
+    named = read({**PRIMUS, "variant": "DeepEP and sync-free on top"}).run.software
+    assert named == read(PRIMUS).run.software
+    assert (
+        read({**PRIMUS, "variant": "tuned"}).run.software
+        == read({**PRIMUS, "variant": "baseline"}).run.software
+    )
+    assert read({**PRIMUS, "model": "mixtral-8x7b"}).run.software == read(PRIMUS).run.software
+
+
+@pytest.mark.parametrize("platform", ["H200", "MI300X 192GB", "MI355X", "B200", "LUMI-G MI250X", "h100_pod"])
+@pytest.mark.parametrize("precision", ["bf16", "FP16", "MXFP8", "fp8", None])
+def test_platforms_and_precisions_that_were_not_seen(platform, precision):
+    row = {**BRIDGE, "platform": platform, "precision": precision, "model": "qwen3-30b-a3b", "devices": 8}
+    row |= {"pipe": 1, "virtual": 1, "expert": 8, "microbatch": 2, "global_batch": 64, "seq": 8192}
+    results = evaluate([row])
+    if "MI250X" in platform and "8" in str(precision):
+        assert results.left_out[0].reason == f"precision {precision!r} is not described for lumi_g"
+    else:
+        (pairs,) = results.measured.values()
+        assert 0 < pairs[0][1] < 1e5
+
+
+def test_one_device_is_predicted():
+    row = {**BRIDGE, "model": "olmoe-1b-7b", "devices": 1, "expert": 1, "pipe": 1, "virtual": 1}
+    assert evaluate([row | {"microbatch": 1, "global_batch": 8}]).measured
+
+
+def test_what_ran_out_of_memory_says_so():
+    row = {**BRIDGE, "tokens_per_second_per_device": None, "oom": True}
+    assert "it ran out of memory" in evaluate([row]).left_out[0].reason
