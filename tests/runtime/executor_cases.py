@@ -97,15 +97,25 @@ def initial_params_in(config, dtype):
 
 @functools.cache
 def reference(config, M, dtype="float32"):
-    """(cross entropy, aux loss, load, gradients) of one device."""
-    bias, batch = router_bias_for(config), batch_for(config.vocab_size, M)
+    """(cross entropy, aux loss, load, gradients) of one device: sums over microbatches of what is compiled once."""
+    params, bias, batch = (
+        initial_params_in(config, dtype),
+        router_bias_for(config),
+        batch_for(config.vocab_size, M),
+    )
 
-    def loss(params):
-        step = transformer.reference_step(config, params, bias, batch)
-        return step.loss, step
+    def loss(params, rows, share):
+        step = transformer.reference_step(config, params, bias, rows)
+        cross_entropy, aux_loss = share * step.cross_entropy, step.aux_loss / M
+        return cross_entropy + aux_loss, (cross_entropy, aux_loss, step.load)
 
-    grads, step = jax.grad(loss, has_aux=True)(initial_params_in(config, dtype))  # one compilation for both
-    return float(step.cross_entropy), float(step.aux_loss), np.asarray(step.load), jax.device_get(grads)
+    gradient, parts = jax.jit(jax.grad(loss, has_aux=True)), []
+    for microbatch in range(M):
+        rows = {name: array[microbatch : microbatch + 1] for name, array in batch.items()}
+        share = np.asarray(rows["weights"].sum(dtype=float) / batch["weights"].sum(dtype=float), dtype)
+        parts.append(jax.device_get(gradient(params, rows, share)))
+    grads, (cross_entropy, aux_loss, load) = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+    return float(cross_entropy), float(aux_loss), load, grads
 
 
 def gradients_of(executor, placement=None):
