@@ -213,25 +213,29 @@ def test_evaluation_is_the_loss_of_the_step(options):
     check_evaluation(config, plan_for(config, **options))
 
 
-def test_initial_parameters_are_the_same_on_every_mesh():
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(pipe=4, expert=2),
+        dict(pipe=2, layers_per_stage=(1, 3)),
+        dict(schedule="zb_v", pipe=2, data=2, expert=2, layers_per_stage=(1, 1, 1, 1)),
+        dict(schedule="interleaved", pipe=2, layers_per_stage=(1, 1, 1, 1)),
+        pytest.param(dict(), marks=pytest.mark.slow),
+        pytest.param(dict(pipe=2, data=2, expert=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_initial_parameters_are_the_same_on_every_mesh(options):
     config = model()
     expected = initial_params(config, 11)
-    for options in (
-        dict(),
-        dict(pipe=4, expert=2),
-        dict(pipe=2, data=2, expert=2),
-        dict(pipe=2, layers_per_stage=(1, 3)),
-        dict(schedule="zb_v", pipe=2, expert=2, layers_per_stage=(1, 1, 1, 1)),
-        dict(schedule="interleaved", pipe=2, layers_per_stage=(1, 1, 1, 1)),
-    ):
-        executor = executor_for(config, plan_for(config, **options))
-        params = executor.init_params(11)
-        found = jax.device_get(executor.to_logical(params))
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
-        # Also what pads, and where on the devices everything is.
-        moved = executor.from_logical(expected)
-        jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(moved))
-        assert jax.tree.map(lambda leaf: leaf.sharding, params) == executor.param_shardings
+    executor = executor_for(config, plan_for(config, **options))
+    params = executor.init_params(11)
+    found = jax.device_get(executor.to_logical(params))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    # Also what pads, and where on the devices everything is.
+    moved = executor.from_logical(expected)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(moved))
+    assert jax.tree.map(lambda leaf: leaf.sharding, params) == executor.param_shardings
 
 
 def test_logical_and_device_layout_are_inverse():
