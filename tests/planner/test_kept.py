@@ -119,7 +119,7 @@ def test_bytes_are_those_of_the_traced_passes(monkeypatch, name, memory_mode):
     check(monkeypatch, name, memory_mode, CASES[1] if "ffn" in name or name != "dense" else CASES[0])
 
 
-# Blocks change what attention keeps: everything, or what it began with. Every day one mode of each.
+# Every day a mode that runs attention again, and one that keeps all of it.
 @pytest.mark.parametrize(
     "memory_mode",
     [
