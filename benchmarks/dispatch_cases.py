@@ -147,10 +147,13 @@ def check(case, run, rng, *, forward=1e-6, backward=1e-5, kept_of=None, overflow
 
 
 def check_dead_rows(case, experts, multiply, rng, monkeypatch):
-    """Results and gradients are the same bits where dead rows of buffers hold NaN."""
+    """Results and gradients do not change where dead rows of buffers hold NaN.
+
+    But for roundings: what rows hold is a constant of the program, with which the compiler may fuse in another way.
+    """
     arrays = case.arrays(rng)
     ids = route(rng, "zipf", len(arrays["x"]), case.E, case.k)
     plain = case.compiled(experts, multiply)(arrays, ids)
     monkeypatch.setattr(permute, "DEAD_FILL", math.nan)
     poisoned = case.compiled(experts, multiply)(arrays, ids)
-    jax.tree.map(np.testing.assert_array_equal, poisoned, plain)
+    jax.tree.map(lambda found, wanted: assert_close(found, wanted, 1e-6), poisoned, plain)

@@ -347,7 +347,8 @@ def _finish(run: _Run, step: int, metrics: StepMetrics) -> bool:
         kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was written"
         raise ValueError(
             f"step {step} has loss {float(metrics.loss)} and gradient norm {float(metrics.grad_norm)}, so training "
-            f"stops; {kept}; lower optimizer.peak_lr or optimizer.clip_norm, or raise optimizer.warmup_steps"
+            f"stops; {kept}; lower optimizer.peak_lr, raise optimizer.warmup_steps, or clip by a smaller "
+            "optimizer.clip_norm above 0"
         )
     run.write(record)
     run.printer.advance(record)

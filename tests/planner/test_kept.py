@@ -103,13 +103,30 @@ def traced(monkeypatch, layer, memory_mode, *, expert, dtype, **dispatch):
     return tuple(sum(one.size * one.dtype.itemsize for one in arrays) for arrays in found.value.args)
 
 
-@pytest.mark.parametrize("memory_mode", MEMORY_MODES)
-@pytest.mark.parametrize("name", ["dense", "moe", "shared", "residual"])
+def by_turns(rows, columns, *, whole=()):
+    """All pairs; every day those of whole rows, and one column for each of the others, which take turns."""
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            slow = row not in whole and j != i % len(columns)
+            yield pytest.param(row, column, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_mode"),
+    [*by_turns(["dense", "moe", "shared", "residual"], MEMORY_MODES, whole=("dense", "moe"))],
+)
 def test_bytes_are_those_of_the_traced_passes(monkeypatch, name, memory_mode):
     check(monkeypatch, name, memory_mode, CASES[1] if "ffn" in name or name != "dense" else CASES[0])
 
 
-@pytest.mark.parametrize("memory_mode", MEMORY_MODES)
+# Every day a mode that runs attention again, and one that keeps all of it.
+@pytest.mark.parametrize(
+    "memory_mode",
+    [
+        pytest.param(mode, marks=[] if mode in ("layer", "stash") else [pytest.mark.slow])
+        for mode in MEMORY_MODES
+    ],
+)
 def test_bytes_with_attention_in_blocks(monkeypatch, memory_mode):
     for name, size in (("LONGEST_WHOLE", 12), ("SMALLEST_BLOCK", 4), ("LARGEST_BLOCK", 12)):
         monkeypatch.setattr(f"models.query_blocks.{name}", size)
@@ -126,8 +143,8 @@ def test_bytes_are_those_of_the_traced_passes_for_every_layer(monkeypatch, name,
     check(monkeypatch, name, memory_mode, case)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("memory_mode", ["named", "products", "stash"])
+# Every day every way in one of the modes.
+@pytest.mark.parametrize(("way", "memory_mode"), [*by_turns(WAYS, ["named", "products", "stash"])])
 def test_bytes_of_dispatchers(monkeypatch, memory_mode, way):
     case = dict(expert=4, dtype="bfloat16", expert_factors=(1, 2, 2)) | way
     check(monkeypatch, "moe", memory_mode, case)

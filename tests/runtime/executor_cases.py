@@ -5,17 +5,18 @@ Slot buffers start as NaN, so anything read before it was written would show.
 """
 
 import functools
+from dataclasses import replace
 
 import jax
 import numpy as np
 
+from meshes.axes import EXPERT
 from meshes.mesh import build_mesh
 from models import transformer
 from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN, Router
 from piperjax.planner.plan import Plan
 from piperjax.runtime.executor import Executor
-from piperjax.runtime.lint import check_no_deadlock
-from piperjax.runtime.placement import inverse
+from piperjax.runtime.lint import check_no_deadlock, collectives
 from piperjax.schedules import registry
 
 BATCH_SIZE, SEQ_LEN = 64, 12
@@ -84,32 +85,61 @@ def router_bias_for(config):
     return np.random.default_rng(3).normal(0, 0.05, shape).astype(np.float32)
 
 
+@functools.cache
 def initial_params(config, seed):
     # Compiled, as the executor does it: operation by operation the last bit may differ.
-    return jax.jit(lambda: transformer.init_params(config, seed))()
+    with jax.enable_x64(False):
+        return jax.device_get(jax.jit(lambda: transformer.init_params(config, seed))())
+
+
+def initial_params_in(config, dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), initial_params(config, 0))
 
 
 @functools.cache
 def reference(config, M, dtype="float32"):
-    """(cross entropy, aux loss, load, gradients) of one device."""
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), initial_params(config, 0))
-    bias, batch = router_bias_for(config), batch_for(config.vocab_size, M)
+    """(cross entropy, aux loss, load, gradients) of one device: sums over microbatches of what is compiled once."""
+    params, bias, batch = (
+        initial_params_in(config, dtype),
+        router_bias_for(config),
+        batch_for(config.vocab_size, M),
+    )
 
-    def loss(params):
-        step = transformer.reference_step(config, params, bias, batch)
-        return step.loss, step
+    def loss(params, rows, share):
+        step = transformer.reference_step(config, params, bias, rows)
+        cross_entropy, aux_loss = share * step.cross_entropy, step.aux_loss / M
+        return cross_entropy + aux_loss, (cross_entropy, aux_loss, step.load)
 
-    grads, step = jax.grad(loss, has_aux=True)(params)  # one compilation for both
-    return float(step.cross_entropy), float(step.aux_loss), np.asarray(step.load), jax.device_get(grads)
+    gradient, parts = jax.jit(jax.grad(loss, has_aux=True)), []
+    for microbatch in range(M):
+        rows = {name: array[microbatch : microbatch + 1] for name, array in batch.items()}
+        share = np.asarray(rows["weights"].sum(dtype=float) / batch["weights"].sum(dtype=float), dtype)
+        parts.append(jax.device_get(gradient(params, rows, share)))
+    grads, (cross_entropy, aux_loss, load) = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+    return float(cross_entropy), float(aux_loss), load, grads
+
+
+def gradients_of(executor, placement=None):
+    """(gradients, statistics) of a step that was seen not to deadlock before it ran."""
+    config, batch = executor.config, batch_for(executor.config.vocab_size, executor.plan.num_microbatches)
+    # Moving parameters into place compiles in a fraction of the time that drawing them there takes; that these are the
+    # same is a test of its own.
+    params = executor.from_logical(initial_params_in(config, executor.master_dtype), placement)
+    batch = jax.device_put(batch, executor.batch_sharding)
+    arguments = (params, router_bias_for(config), batch, placement)
+    traced = jax.jit(executor.gradients).trace(*arguments)
+    wide = {axis for axis, size in executor.mesh.shape.items() if size > 1}  # Over others nothing diverges.
+    found = [replace(one, divergent_axes=one.divergent_axes & wide) for one in collectives(traced.jaxpr)]
+    assert not [one for one in found if one.may_deadlock]
+    joined = {one.name for one in found if one.axes & set(EXPERT)}
+    # Rows travel, by permutes if not by all-to-all: what was looked through was the program.
+    assert joined & {"all_to_all", "ppermute"} or executor.plan.expert == 1 or not config.moe_layers
+    return traced.lower().compile()(*arguments)
 
 
 def check_equal(config, plan, *, tolerance, dtype="float32", placement=None):
     executor = executor_for(config, plan, dtype=dtype, master_dtype=dtype)
-    batch = jax.device_put(batch_for(config.vocab_size, plan.num_microbatches), executor.batch_sharding)
-    params = executor.init_params(0)
-    if placement is not None:
-        params = executor.move_experts(params, inverse(placement))
-    grads, stats = jax.jit(executor.gradients)(params, router_bias_for(config), batch, placement)
+    grads, stats = gradients_of(executor, placement)
     cross_entropy, aux_loss, load, expected = reference(config, plan.num_microbatches, dtype)
     assert abs(float(stats.loss) - cross_entropy) <= tolerance * cross_entropy
     assert abs(float(stats.aux_loss) - aux_loss) <= tolerance * max(aux_loss, 1e-3)
@@ -124,7 +154,9 @@ def check_equal(config, plan, *, tolerance, dtype="float32", placement=None):
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.2e}"
 
 
-def check_schedule(schedule, memory_mode, *, pipe=2, expert=2, data=2, M=None, tolerance=1e-5, **options):
+def check_schedule(
+    schedule, memory_mode, *, pipe=2, expert=2, data=2, M=None, tolerance=1e-5, vocabulary="split", **options
+):
     stages = pipe * registry.chunks_of(schedule)
     config = model(num_layers=max(4, stages), **options)
     quotient, rest = divmod(config.num_layers, stages)
@@ -137,6 +169,7 @@ def check_schedule(schedule, memory_mode, *, pipe=2, expert=2, data=2, M=None, t
         data=data,
         M=M or (8 if schedule == "dualpipe_v" or pipe > 2 else 4),
         layers_per_stage=tuple(quotient + (stage < rest) for stage in range(stages)),
+        vocabulary=vocabulary,
     )
     check_equal(config, plan, tolerance=tolerance)
 

@@ -1,6 +1,7 @@
 """What the compiler makes of a step: memory that does not follow microbatches, no scatter, GPU lowering."""
 
 import dataclasses
+import functools
 import re
 from collections import Counter
 
@@ -12,6 +13,19 @@ from benchmarks.overhead import large_copies
 from piperjax.runtime.lint import collectives
 from piperjax.training.config import OptimizerConfig
 from piperjax.training.optimizer import apply, init_moments
+
+
+@functools.cache
+def exchanging(memory_mode):
+    """The step of two pipe ranks and two devices with experts: (as it is written, as it is compiled)."""
+    executor = make_executor(moe_model(), pipe=2, expert=2, num_microbatches=4, memory_mode=memory_mode)
+    return texts(executor)
+
+
+def texts(executor):
+    arguments = (executor.abstract_params, router_bias(executor.config), abstract_batch(executor))
+    lowered = jax.jit(executor.gradients).lower(*arguments)
+    return lowered.as_text(), lowered.compile().as_text()
 
 
 def temp_bytes(schedule, num_microbatches):
@@ -32,10 +46,10 @@ def test_memory_does_not_follow_microbatches_under_one_f_one_b():
     [
         (moe_model, dict(layers_per_stage=(6, 3))),
         (dense_model, dict(layers_per_stage=(6, 3), overlap=True)),
-        (dense_model, dict(layers_per_stage=(6, 6), overlap=True)),
+        pytest.param(dense_model, dict(layers_per_stage=(6, 6), overlap=True), marks=pytest.mark.slow),
         (dense_model, dict(layers_per_stage=(6, 3), schedule="zb_h1")),
         (dense_model, dict(layers_per_stage=(1, 1), schedule="zb_h1")),
-        (dense_model, dict(layers_per_stage=(1, 1))),
+        pytest.param(dense_model, dict(layers_per_stage=(1, 1)), marks=pytest.mark.slow),
     ],
     ids=[
         "uneven",
@@ -82,15 +96,14 @@ def without_embedding_gradient(hlo):
     return [line for line in lines if "f32[256,64]" not in line and "f32[128,64]" not in line]
 
 
-@pytest.mark.parametrize("mesh", [dict(), dict(pipe=2, expert=2)])
-def test_nothing_in_the_layers_compiles_to_a_scatter(mesh):
-    executor = make_executor(moe_model(), num_microbatches=4, **mesh)
-    arguments = (executor.abstract_params, router_bias(executor.config), abstract_batch(executor))
-    lowered = jax.jit(executor.gradients).lower(*arguments)
-    text = lowered.as_text()
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_nothing_in_the_layers_compiles_to_a_scatter(alone):
+    written, compiled = (
+        texts(make_executor(moe_model(), num_microbatches=4)) if alone else exchanging("layer")
+    )
     # One scatter is written in the whole step: the embedding's gradient. The compiler adds none.
-    assert text.count('"stablehlo.scatter"') == 1
-    assert without_embedding_gradient(lowered.compile().as_text()) == []
+    assert written.count('"stablehlo.scatter"') == 1
+    assert without_embedding_gradient(compiled) == []
 
 
 def optimizer_step(executor):
@@ -103,15 +116,19 @@ def optimizer_step(executor):
     return step
 
 
-@pytest.mark.parametrize("platform", ["cuda", "rocm"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_train_step_lowers_for_gpus_from_a_cpu(platform, dtype):
+@functools.cache
+def traced_train_step(dtype):
     executor = make_executor(moe_model(), pipe=2, expert=2, data=2, num_microbatches=4, dtype=dtype)
     params = executor.abstract_params
     moments = jax.eval_shape(init_moments, params)
     arguments = (params, moments, jax.ShapeDtypeStruct((), "int32"), router_bias(executor.config))
-    traced = jax.jit(optimizer_step(executor)).trace(*arguments, abstract_batch(executor))
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return jax.jit(optimizer_step(executor)).trace(*arguments, abstract_batch(executor))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_train_step_lowers_for_gpus_from_a_cpu(platform, dtype):
+    text = traced_train_step(dtype).lower(lowering_platforms=(platform,)).as_text()
     assert "all_to_all" in text
     assert "collective_permute" in text
     # Expert matrices go through the Triton kernel, not through a dense or a ragged product.
@@ -119,14 +136,19 @@ def test_the_train_step_lowers_for_gpus_from_a_cpu(platform, dtype):
     assert "ragged_dot" not in text
 
 
-@pytest.mark.parametrize("platform", ["cuda", "rocm"])
-def test_rows_that_cross_once_lower_for_gpus_in_chunks(platform):
+@functools.cache
+def traced_in_chunks():
     executor = make_executor(
         moe_model(), pipe=2, expert=4, expert_factors=(1, 2, 2), num_microbatches=4, dtype="bfloat16",
         schedule="zb_h1", dispatch="halo2_dedup", dispatch_chunks=2, memory_mode="named",
     )  # fmt: skip
     arguments = (executor.abstract_params, router_bias(executor.config), abstract_batch(executor))
-    text = jax.jit(executor.gradients).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    return jax.jit(executor.gradients).trace(*arguments)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_rows_that_cross_once_lower_for_gpus_in_chunks(platform):
+    text = traced_in_chunks().lower(lowering_platforms=(platform,)).as_text()
     assert "optimization_barrier" in text
     assert "triton" in text
     assert text.count('"stablehlo.scatter"') == 1  # the embedding's gradient
@@ -157,15 +179,20 @@ def test_backward_repeats_no_exchange_of_rows_that_cross_once(memory_mode, repea
     }
 
 
+# The modes that repeat none are every day compared above, as they are written.
 @pytest.mark.parametrize(
-    ("memory_mode", "expected"), [("stage", 8), ("layer", 6), ("named", 4), ("products", 4), ("stash", 4)]
+    ("memory_mode", "expected"),
+    [
+        ("stage", 8),
+        ("layer", 6),
+        ("products", 4),
+        pytest.param("named", 4, marks=pytest.mark.slow),
+        pytest.param("stash", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_backward_repeats_as_many_exchanges_as_the_memory_mode_says(memory_mode, expected):
     # Every loop over layers holds each exchange once.
-    executor = make_executor(
-        moe_model(num_layers=4), pipe=2, expert=2, num_microbatches=4, memory_mode=memory_mode
-    )
-    text = compiled_step(executor).as_text()
+    _, text = exchanging(memory_mode)
     exchanges = re.findall(r"= \(?(\w+)\[[\d,]*\]\S*,? .*all-to-all(?:-start)?\(", text)
     # Dispatch and combine, forward and backward, and what backward does again. Counts of rows are integers.
     assert sum(dtype == "f32" for dtype in exchanges) == expected

@@ -18,7 +18,8 @@ CASE = Case(P=8, E=16, k=3, factors=(1, 2, 4))
     ("dispatch", "chunks"),
     [
         ("halo2", 4),
-        ("halo2_dedup", 2),
+        # Two chunks of it go every day in test_dispatch_passes.py.
+        pytest.param("halo2_dedup", 2, marks=pytest.mark.slow),
         pytest.param("flat", 2, marks=pytest.mark.slow),
         pytest.param("halo3", 3, marks=pytest.mark.slow),
         pytest.param("halo2_dedup", 4, marks=pytest.mark.slow),

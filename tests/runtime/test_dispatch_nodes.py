@@ -69,7 +69,10 @@ def simulate_drops(case, ids, *, capacity_factor):
     "case",
     [
         pytest.param(
-            case, marks=[] if number < 3 else [pytest.mark.slow], id=f"{case.factors}-E{case.E}-k{case.k}"
+            # The second is compared below, through leaders.
+            case,
+            marks=[] if number in (0, 2) else [pytest.mark.slow],
+            id=f"{case.factors}-E{case.E}-k{case.k}",
         )
         for number, case in enumerate(CASES)
     ],
@@ -114,9 +117,14 @@ def test_leaders_change_no_bit(case, options):
             assert_close(found, wanted, 1e-5)
 
 
-@pytest.mark.parametrize("capacity_factor", [0.6, 1.25])
 @pytest.mark.parametrize(
-    "case", CASES[:3] + CASES[5:], ids=lambda case: f"{case.factors}-E{case.E}-k{case.k}"
+    ("case", "capacity_factor"),
+    [
+        # Every day every case, by turns with a tight limit and a wider one.
+        pytest.param(case, capacity_factor, marks=[pytest.mark.slow] if (i + j) % 2 else [])
+        for i, case in enumerate(CASES[:3] + CASES[5:])
+        for j, capacity_factor in enumerate((0.6, 1.25))
+    ],
 )
 def test_limits_drop_later_tokens_and_count_them(case, capacity_factor):
     run = case.compiled(make_experts("halo2_dedup", EXPERT, capacity_factor), masked_multiply)
@@ -143,7 +151,8 @@ def test_equals_flat_bit_for_bit_where_nothing_is_added_up():
     ("name", "capacity_factor", "chunks"),
     [
         pytest.param("halo2_dedup", 0.0, 1, marks=pytest.mark.slow),
-        ("halo2_dedup", 0.75, 2),
+        # Two chunks go every day in test_dispatch_passes.py.
+        pytest.param("halo2_dedup", 0.75, 2, marks=pytest.mark.slow),
         ("halo3_dedup", 0.75, 1),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from meshes.mesh import build_mesh
 from piperjax.planner.plan import MEMORY_MODES
 from piperjax.runtime.executor import Executor
+from piperjax.runtime.lint import check_no_deadlock
 from piperjax.schedules import registry
 from tests.runtime.executor_cases import (
     SEQ_LEN,
@@ -18,6 +19,7 @@ from tests.runtime.executor_cases import (
     check_equal,
     check_schedule,
     executor_for,
+    gradients_of,
     initial_params,
     model,
     plan_for,
@@ -31,31 +33,34 @@ MESHES = [
     if pipe * expert * data <= 8
 ]
 GRID = [(schedule, *mesh, M) for schedule in ("gpipe", "one_f_one_b") for mesh in MESHES for M in (4, 8)]
-# A covering part of the grid for every day: every mesh, both schedules, both numbers of microbatches.
+# Every day without a pipeline: no axis, each of both, and both, up to four devices wide. With one: EVERY_DAY below.
 DAILY = [
-    (("gpipe", "one_f_one_b")[(i // 2) % 2] if mesh[0] > 1 else "one_f_one_b", *mesh, (4, 8)[i % 2])
-    for i, mesh in enumerate(MESHES)
-]
+    ("one_f_one_b", 1, 1, 1, 4), ("one_f_one_b", 1, 4, 1, 8), ("one_f_one_b", 1, 1, 2, 8),
+    ("one_f_one_b", 1, 2, 2, 4),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("schedule", "pipe", "expert", "data", "M"), DAILY)
+def daily(cells, today):
+    """The cells as parameters, of which all but today's are slow."""
+    return [pytest.param(*cell, marks=[] if cell in today else [pytest.mark.slow]) for cell in cells]
+
+
+@pytest.mark.parametrize(("schedule", "pipe", "expert", "data", "M"), daily(GRID, DAILY))
 def test_equals_one_device(schedule, pipe, expert, data, M):
     config = model()
     plan = plan_for(config, schedule=schedule, pipe=pipe, expert=expert, data=data, M=M)
     check_equal(config, plan, tolerance=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("schedule", "pipe", "expert", "data", "M"), [cell for cell in GRID if cell not in DAILY]
-)
-def test_equals_one_device_on_the_rest_of_the_grid(schedule, pipe, expert, data, M):
-    test_equals_one_device(schedule, pipe, expert, data, M)
+IN_FLOAT64 = [
+    ("one_f_one_b", 2, 2, 2, "layer"),
+    ("gpipe", 4, 2, 1, "stage"),
+    ("one_f_one_b", 1, 4, 2, "layer"),
+]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "pipe", "expert", "data", "memory_mode"),
-    [("one_f_one_b", 2, 2, 2, "layer"), ("gpipe", 4, 2, 1, "stage"), ("one_f_one_b", 1, 4, 2, "layer")],
+    ("schedule", "pipe", "expert", "data", "memory_mode"), daily(IN_FLOAT64, IN_FLOAT64[:1])
 )
 def test_equals_one_device_in_float64(schedule, pipe, expert, data, memory_mode):
     with jax.enable_x64(True):
@@ -66,47 +71,78 @@ def test_equals_one_device_in_float64(schedule, pipe, expert, data, memory_mode)
         check_equal(config, plan, tolerance=1e-10, dtype="float64")
 
 
+# Every day: two kinds of layer on uneven stages, tied vectors, a router with a bias, no experts at all. The slow ones
+# are parts of these, or of what overlaps every day in test_executor_ways.py: layers of experts only, on uneven stages.
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        (model(), dict(pipe=4, memory_mode="stage")),
-        (model(), dict(pipe=2, expert=2, layers_per_stage=(3, 1))),
+        pytest.param(model(), dict(pipe=4, memory_mode="stage"), marks=pytest.mark.slow),
+        pytest.param(model(), dict(pipe=2, expert=2, layers_per_stage=(3, 1)), marks=pytest.mark.slow),
         (
             model(num_layers=5, dense_layers=2),
             dict(pipe=4, layers_per_stage=(1, 2, 1, 1), memory_mode="stage"),
         ),
-        (model(embeddings="tied"), dict(pipe=2, data=2)),
-        (model(balance="bias", score="sigmoid"), dict(pipe=2, expert=4)),
-        (model(dense_layers=0), dict(pipe=2, expert=2)),
+        (
+            model(embeddings="tied", balance="bias", score="sigmoid"),
+            dict(pipe=2, expert=2, data=2),
+        ),
+        pytest.param(model(embeddings="tied"), dict(pipe=2, data=2), marks=pytest.mark.slow),
+        pytest.param(model(balance="bias", score="sigmoid"), dict(pipe=2, expert=4), marks=pytest.mark.slow),
+        pytest.param(model(dense_layers=0), dict(pipe=2, expert=2), marks=pytest.mark.slow),
         (model(dense_layers=4), dict(pipe=2, data=2)),
     ],
-    ids=["stage-mode", "uneven", "uneven-two-kinds", "tied", "sigmoid-bias", "moe-only", "dense-only"],
+    ids=[
+        "stage-mode",
+        "uneven",
+        "uneven-two-kinds",
+        "tied-sigmoid-bias",
+        "tied",
+        "sigmoid-bias",
+        "moe-only",
+        "dense-only",
+    ],
 )
 def test_equals_one_device_for_other_models_and_modes(config, options):
     check_equal(config, plan_for(config, **options), tolerance=1e-5)
 
 
 SCHEDULES = tuple(registry.names())
-# Every schedule and every memory mode with an expert axis; a covering part for every day.
-MODES_OF_DAY = {name: (MEMORY_MODES[i % len(MEMORY_MODES)],) for i, name in enumerate(SCHEDULES)}
-CELLS = [(name, mode) for name in SCHEDULES for mode in MEMORY_MODES]
+# Every schedule once: every memory mode at least twice, with one stage per rank and with two, and every mesh that has a
+# pipeline. Four ranks go with one stage each, since two make a deeper model; one vocabulary is whole.
+EVERY_DAY = [
+    ("gpipe", "stage", dict(pipe=4, expert=2, data=1)),
+    ("one_f_one_b", "layer", dict(pipe=4, expert=1, data=1)),
+    ("interleaved", "named", dict(pipe=2, expert=2, data=1)),
+    ("zb_h1", "products", dict(pipe=2, expert=4, data=1)),
+    ("zb_h2", "stash", dict(pipe=4, expert=1, data=2)),
+    ("zb_dual", "named", dict(pipe=4, expert=2, data=1)),
+    ("zb_v", "layer", dict(pipe=2, expert=2, data=2)),
+    ("v_half", "products", dict(pipe=2, expert=1, data=2, vocabulary="whole")),
+    ("v_min", "stage", dict(pipe=2, expert=4, data=1)),
+    ("dualpipe_v", "stash", dict(pipe=2, expert=2, data=1)),
+    ("auto", "layer", dict(pipe=2, expert=1, data=1)),
+]
 
 
-@pytest.mark.parametrize(("schedule", "mode"), [cell for cell in CELLS if cell[1] in MODES_OF_DAY[cell[0]]])
-def test_every_schedule_and_memory_mode_equals_one_device(schedule, mode):
-    check_schedule(schedule, mode, data=1)
+def test_every_schedule_has_its_day():
+    assert {schedule for schedule, _, _ in EVERY_DAY} == set(SCHEDULES)
+    assert {mode for _, mode, _ in EVERY_DAY} == set(MEMORY_MODES)
+
+
+@pytest.mark.parametrize(("schedule", "mode", "options"), EVERY_DAY)
+def test_every_schedule_and_memory_mode_equals_one_device(schedule, mode, options):
+    check_schedule(schedule, mode, **options)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("schedule", "mode"), [cell for cell in CELLS if cell[1] not in MODES_OF_DAY[cell[0]]]
-)
-def test_the_other_schedules_and_memory_modes_equal_one_device(schedule, mode):
+@pytest.mark.parametrize(("schedule", "mode"), [*itertools.product(SCHEDULES, MEMORY_MODES)])
+def test_all_schedules_in_all_memory_modes_equal_one_device(schedule, mode):
     check_schedule(schedule, mode)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "embeddings"), [("one_f_one_b", "untied"), ("zb_v", "tied"), ("v_half", "untied")]
+    ("schedule", "embeddings"),
+    daily([("one_f_one_b", "untied"), ("zb_v", "tied"), ("v_half", "untied")], [("zb_v", "tied")]),
 )
 def test_a_whole_vocabulary_equals_one_device(schedule, embeddings):
     config = model(embeddings=embeddings)
@@ -136,7 +172,9 @@ def test_tables_of_few_microbatches_equal_one_device(schedule, pipe):
     check_schedule(schedule, "products", pipe=pipe, data=1, M=4)
 
 
-@pytest.mark.parametrize(("schedule", "mode"), [("one_f_one_b", "layer"), ("zb_h1", "stash")])
+@pytest.mark.parametrize(
+    ("schedule", "mode"), daily([("one_f_one_b", "layer"), ("zb_h1", "stash")], [("zb_h1", "stash")])
+)
 def test_attention_in_blocks_equals_one_device(monkeypatch, schedule, mode):
     config = model()
     reference(config, 4)  # with all weights at once
@@ -146,44 +184,58 @@ def test_attention_in_blocks_equals_one_device(monkeypatch, schedule, mode):
     check_equal(config, plan, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["zb_h1", "zb_v", "interleaved"])
-def test_schedules_evaluate_over_their_own_placement(schedule):
-    stages = 2 * registry.chunks_of(schedule)
-    config = model(num_layers=4)
-    executor = executor_for(
-        config, plan_for(config, schedule=schedule, pipe=2, layers_per_stage=(4 // stages,) * stages)
-    )
+def check_evaluation(config, plan):
+    executor = executor_for(config, plan)
     batch = jax.device_put(batch_for(config.vocab_size, 4), executor.batch_sharding)
-    stats = jax.jit(executor.evaluate)(executor.init_params(0), router_bias_for(config), batch)
-    cross_entropy, _, load, _ = reference(config, 4)
+    traced = jax.jit(executor.evaluate).trace(executor.init_params(0), router_bias_for(config), batch)
+    check_no_deadlock(traced.jaxpr)
+    stats = traced.lower().compile()(executor.init_params(0), router_bias_for(config), batch)
+    cross_entropy, aux_loss, load, _ = reference(config, 4)
     assert float(stats.loss) == pytest.approx(cross_entropy, rel=1e-5)
+    assert float(stats.aux_loss) == pytest.approx(aux_loss, rel=1e-5)
     assert np.array_equal(np.asarray(stats.load), load)
 
 
-def test_evaluation_is_the_loss_of_the_step():
+@pytest.mark.parametrize("schedule", ["zb_v", "interleaved", pytest.param("zb_h1", marks=pytest.mark.slow)])
+def test_schedules_evaluate_over_their_own_placement(schedule):
+    stages = 2 * registry.chunks_of(schedule)
     config = model()
-    for options in (dict(pipe=2, expert=2, data=2), dict()):
-        executor = executor_for(config, plan_for(config, **options))
-        batch = jax.device_put(batch_for(config.vocab_size, 4), executor.batch_sharding)
-        stats = jax.jit(executor.evaluate)(executor.init_params(0), router_bias_for(config), batch)
-        cross_entropy, aux_loss, load, _ = reference(config, 4)
-        assert float(stats.loss) == pytest.approx(cross_entropy, rel=1e-5)
-        assert float(stats.aux_loss) == pytest.approx(aux_loss, rel=1e-5)
-        assert np.array_equal(np.asarray(stats.load), load)
+    check_evaluation(
+        config, plan_for(config, schedule=schedule, pipe=2, layers_per_stage=(4 // stages,) * stages)
+    )
 
 
-def test_initial_parameters_are_the_same_on_every_mesh():
+@pytest.mark.parametrize(
+    "options", [dict(pipe=2, expert=2, data=2), pytest.param({}, marks=pytest.mark.slow)]
+)
+def test_evaluation_is_the_loss_of_the_step(options):
     config = model()
-    expected = jax.device_get(initial_params(config, 11))
-    for options in (
-        dict(),
+    check_evaluation(config, plan_for(config, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
         dict(pipe=4, expert=2),
-        dict(pipe=2, data=2, expert=2),
         dict(pipe=2, layers_per_stage=(1, 3)),
-    ):
-        executor = executor_for(config, plan_for(config, **options))
-        found = jax.device_get(executor.to_logical(executor.init_params(11)))
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        dict(schedule="zb_v", pipe=2, data=2, expert=2, layers_per_stage=(1, 1, 1, 1)),
+        dict(schedule="interleaved", pipe=2, layers_per_stage=(1, 1, 1, 1)),
+        pytest.param(dict(), marks=pytest.mark.slow),
+        pytest.param(dict(pipe=2, data=2, expert=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_initial_parameters_are_the_same_on_every_mesh(options):
+    config = model()
+    expected = initial_params(config, 11)
+    executor = executor_for(config, plan_for(config, **options))
+    params = executor.init_params(11)
+    found = jax.device_get(executor.to_logical(params))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    # Also what pads, and where on the devices everything is.
+    moved = executor.from_logical(expected)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(moved))
+    assert jax.tree.map(lambda leaf: leaf.sharding, params) == executor.param_shardings
 
 
 def test_logical_and_device_layout_are_inverse():
@@ -200,14 +252,21 @@ def test_logical_and_device_layout_are_inverse():
 DEADLOCK_CASES = [((4, 2, 1), "stage"), ((2, 2, 2), "layer"), ((2, 4, 1), "stash")]
 
 
+# Every comparison above looks for deadlocks before it runs; every day here, stages on a V over four ranks, which are
+# too many for that, in training and in evaluation.
 @pytest.mark.parametrize(
     ("schedule", "mesh", "memory_mode"),
-    [(name, *DEADLOCK_CASES[i % len(DEADLOCK_CASES)]) for i, name in enumerate(SCHEDULES)],
+    daily(
+        [(name, *DEADLOCK_CASES[i % len(DEADLOCK_CASES)]) for i, name in enumerate(SCHEDULES)]
+        + [("zb_v", (4, 2, 1), "layer")],
+        [("zb_v", (4, 2, 1), "layer")],
+    ),
 )
 def test_no_collective_can_deadlock(schedule, mesh, memory_mode):
     check_cannot_deadlock(schedule, mesh, memory_mode)
 
 
+@pytest.mark.slow
 def test_a_whole_vocabulary_cannot_deadlock():
     check_cannot_deadlock("zb_v", (2, 2, 1), "layer", vocabulary="whole")
 
@@ -216,8 +275,7 @@ def test_bfloat16_stays_near_float32():
     config = model()
     plan = plan_for(config, pipe=2, expert=2)
     executor = executor_for(config, plan, dtype="bfloat16")
-    batch = jax.device_put(batch_for(config.vocab_size, 4), executor.batch_sharding)
-    grads, stats = jax.jit(executor.gradients)(executor.init_params(0), router_bias_for(config), batch)
+    grads, stats = gradients_of(executor)
     cross_entropy, _, _, expected = reference(config, 4)
     assert float(stats.loss) == pytest.approx(cross_entropy, rel=2e-3)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(grads)} == {"float32"}

@@ -23,9 +23,9 @@ def placement_for(config, seed=0):
 
 
 MESHES = [
-    dict(),
     dict(pipe=2, expert=2, data=2, layers_per_stage=(3, 2)),
-    dict(pipe=2, expert=4),
+    pytest.param(dict(), marks=pytest.mark.slow),
+    pytest.param(dict(pipe=2, expert=4), marks=pytest.mark.slow),
     dict(expert=8),
 ]
 

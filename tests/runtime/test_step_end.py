@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.cases import compiled_step, make_executor, moe_model
 from piperjax.runtime.step_end import added
-from tests.runtime.executor_cases import batch_for, executor_for, model, plan_for, reference, router_bias_for
+from tests.runtime.executor_cases import executor_for, gradients_of, model, plan_for, reference
 
 # Half of the distance between neighbours of 8 bits.
 ROUNDING = 2.0**-9
@@ -19,8 +19,7 @@ ROUNDING = 2.0**-9
 def found_gradients(plan, dtype):
     config = model(num_layers=plan.num_layers)
     executor = executor_for(config, dataclasses.replace(plan, gradient_dtype=dtype))
-    batch = jax.device_put(batch_for(61, plan.num_microbatches), executor.batch_sharding)
-    grads, _ = jax.jit(executor.gradients)(executor.init_params(0), router_bias_for(config), batch)
+    grads, _ = gradients_of(executor)
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(executor.to_logical(grads)))
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
@@ -36,7 +35,7 @@ def rms(x):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(M=8),
+        pytest.param(dict(M=8), marks=pytest.mark.slow),
         dict(schedule="zb_h1", expert=2, data=2, M=8, vocabulary="whole"),
         pytest.param(
             dict(schedule="interleaved", layers_per_stage=(1, 1, 1, 1), expert=2, data=2, dispatch_chunks=2),
@@ -63,7 +62,10 @@ def test_of_one_microbatch_gradients_are_those_in_float32_rounded_once():
     plan = plan_for(model(num_layers=2), M=1)
     wide, narrow = (found_gradients(plan, dtype) for dtype in ("float32", "bfloat16"))
     for path, leaf in narrow.items():
-        assert np.array_equal(leaf, wide[path].astype(leaf.dtype)), path
+        # Two programs, which the compiler may fuse in two ways: the last bits in float32 may differ before they round.
+        slack = 1e-6 * np.abs(wide[path]).max()
+        least, most = ((wide[path] + sign * slack).astype(leaf.dtype) for sign in (-1, 1))
+        assert np.all((least <= leaf) & (leaf <= most)), path
 
 
 def test_a_sum_is_rounded_once():

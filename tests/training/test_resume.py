@@ -110,7 +110,12 @@ def test_same_mesh_goes_on_bit_equal(home, through):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"pipe": 1, "data": 2, "expert": 2}, {"pipe": 3, "expert": 1}], ids=["flat", "deeper"]
+    "sizes",
+    [
+        pytest.param({"pipe": 1, "data": 2, "expert": 2}, id="flat"),
+        # To another number of stages is every day moved without training: `from_logical` in test_executor.py.
+        pytest.param({"pipe": 3, "expert": 1}, id="deeper", marks=pytest.mark.slow),
+    ],
 )
 def test_other_meshes_go_on_close_by(home, through, sizes):
     out = f"moved-{sizes['pipe']}"
@@ -149,6 +154,8 @@ def test_experts_elsewhere_learn_alike_and_go_on_anywhere(home, through, monkeyp
     assert (np.asarray(down) != np.asarray(moved.params["layers"]["moe"]["ffn"]["experts"]["down"])).any()
 
 
+# Every day a run that moved there is compared with the same losses.
+@pytest.mark.slow
 def test_the_first_loss_and_ten_steps_do_not_depend_on_the_mesh(home, through):
     elsewhere = run(home, "elsewhere", pipe=1, data=2, expert=2)
     assert series(elsewhere, "loss")[0] == pytest.approx(series(through, "loss")[0], rel=1e-6)

@@ -66,8 +66,9 @@ class Dataset:
 
     def describe(self) -> str:
         """Returns one line for the log."""
+        number = self.store.num_documents
         return (
-            f"{self.name}: {self.store.num_documents:,} documents, {self.store.num_tokens:,} tokens; "
+            f"{self.name}: {number:,} document{'s' * (number != 1)}, {self.store.num_tokens:,} tokens; "
             f"{len(self.train):,} training and {len(self.validation):,} validation sequences "
             f"of {self.seq_len}; cache {self.store.path}"
         )
