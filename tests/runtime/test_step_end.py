@@ -58,6 +58,8 @@ def test_sums_in_16_bits_equal_one_device_but_for_their_roundings(options):
         assert is_wide(path) or error > ROUNDING, f"{path}: {error:.2e}"
 
 
+# Every day its sums are compared above, and what rounds them below.
+@pytest.mark.slow
 def test_of_one_microbatch_gradients_are_those_in_float32_rounded_once():
     plan = plan_for(model(num_layers=2), M=1)
     wide, narrow = (found_gradients(plan, dtype) for dtype in ("float32", "bfloat16"))
