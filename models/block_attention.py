@@ -2,7 +2,8 @@
 
 As in flash attention (Dao et al., arXiv:2205.14135), forward keeps the logarithm of each row's normaliser, and
 backward makes the weights again from it. Here every block sees all keys, so the kernel is three plain products and
-works on every backend.
+works on every backend. What forward keeps has a name, for memory modes that keep little: with it backward does not run
+forward again.
 """
 
 import functools
@@ -11,8 +12,12 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from models.layers import at_least_float32
+
+# The result and the logarithms of the normalisers, which are all that backward needs of forward.
+ATTENDED = "attended"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -40,7 +45,7 @@ def _forward(query, key, value, segment_ids, block: int):
         return y.astype(query.dtype), (largest + jnp.log(normaliser))[..., 0]
 
     y, log_normaliser = lax.map(one, _blocks(query, key.shape[2], segment_ids, block))
-    y = _joined(y, query.shape)
+    y, log_normaliser = (checkpoint_name(a, ATTENDED) for a in (_joined(y, query.shape), log_normaliser))
     return y, (query, key, value, segment_ids, y, log_normaliser)
 
 

@@ -15,3 +15,8 @@ def query_block(seq_len: int) -> int:
         return seq_len
     fits = [size for size in range(SMALLEST_BLOCK, LARGEST_BLOCK + 1) if seq_len % size == 0]
     return max(fits, default=seq_len)
+
+
+def is_in_blocks(seq_len: int) -> bool:
+    """Whether attention works on less than all queries at a time."""
+    return query_block(seq_len) < seq_len

@@ -2,7 +2,7 @@
 
 from models import cost
 from models.config import DenseFFN, LayerConfig, ModelConfig, MoEFFN
-from models.query_blocks import query_block
+from models.query_blocks import is_in_blocks
 from piperjax.planner.plan import Plan
 
 
@@ -11,7 +11,7 @@ def executed_flop(model: ModelConfig, plan: Plan) -> float:
 
     Useful work is `cost.flop_per_token(...).step`. Beyond it our layers compute all S^2 attention scores, not the
     causal half, and run again what a memory mode does not keep. Long sequences, whose attention works on a block of
-    queries at a time, compute the scores once more in backward.
+    queries at a time, compute the scores once more in backward, but memory mode "products" does not run it again.
     """
     tokens = plan.batch_size * plan.seq_len
     layers = sum(_layer(model, layer, plan) for layer in model.layers)
@@ -25,11 +25,12 @@ def _layer(model: ModelConfig, layer: LayerConfig, plan: Plan) -> float:
     """FLOP of all passes of a layer per token."""
     flop = cost.layer_flop(model, layer, plan.seq_len)
     forward = flop.total + flop.attention_scores
-    again = flop.attention_scores if query_block(plan.seq_len) < plan.seq_len else 0
+    in_blocks = is_in_blocks(plan.seq_len)
+    again = flop.attention_scores if in_blocks else 0
     if plan.memory_mode == "stash":
         return 3 * forward + again
     if plan.memory_mode == "products":
-        return 3 * forward + 2 * flop.attention_scores + again
+        return 3 * forward + (again if in_blocks else 2 * flop.attention_scores)
     # What a layer adds to the residual stream last is not needed again, but for the gradient of the gates.
     ffn, last = layer.ffn, 0
     if isinstance(ffn, DenseFFN):

@@ -10,7 +10,7 @@ from math import ceil
 from typing import NamedTuple
 
 from models.config import DenseFFN, GroupedQueryAttention, LatentAttention, LayerConfig, MoEFFN
-from models.query_blocks import query_block
+from models.query_blocks import is_in_blocks
 from piperjax.planner.buffers import Buffers, buffers
 from piperjax.planner.dispatchers import named
 from piperjax.planner.plan import Plan
@@ -179,9 +179,14 @@ def _message_words(D: int, ffn: MoEFFN, share: Share, *, ids: bool = True) -> in
 
 
 def _products(D: int, layer: LayerConfig, share: Share) -> int:
-    """Results of projections, of the router and of expert products; indices of sorted rows; what travelled."""
-    T, w, ffn = share.tokens, share.itemsize, layer.ffn
-    attention = T * w * (attention_widths(layer.attention).projected + D)
+    """Results of projections, of the router and of expert products; indices of sorted rows; what travelled.
+
+    Of attention in blocks also the result and the logarithms of its normalisers.
+    """
+    T, w, ffn, widths = share.tokens, share.itemsize, layer.ffn, attention_widths(layer.attention)
+    attention = T * w * (widths.projected + D)
+    if is_in_blocks(share.seq_len):
+        attention += T * (w * widths.output + share.wide * layer.attention.num_heads)
     if isinstance(ffn, DenseFFN):
         return attention + T * w * (ffn.num_matrices - 1) * ffn.d_ff
     first, k, E = ffn.num_matrices - 1, ffn.experts_per_token, ffn.num_experts
@@ -246,7 +251,7 @@ def _attention_stash(attention: GroupedQueryAttention | LatentAttention, share: 
     T, S, w, W, N = share.tokens, share.seq_len, share.itemsize, share.wide, attention.num_heads
     widths = attention_widths(attention)
     # Weights of the softmax before and after they are rounded, which is the same without rounding.
-    in_blocks = query_block(S) < S
+    in_blocks = is_in_blocks(S)
     scores = 0 if in_blocks else T * S * N * (W + (w if w != W else 0))
     heads = T * w * (widths.query + widths.key + widths.value + widths.output)
     # In blocks the logarithm of the normaliser is kept, else it, the largest logit and the sum before division.
@@ -285,7 +290,7 @@ def tap_bytes(d_model: int, layer: LayerConfig, share: Share, memory_mode: str) 
     widened = T * (share.wide - w) * D if by_products else 0
     if by_products:
         attention += widened
-        if query_block(share.seq_len) == share.seq_len:
+        if not is_in_blocks(share.seq_len):
             attention += T * (share.wide - w) * widths.output + T * share.wide * layer.attention.num_heads
     hidden = 1 if memory_mode == "stash" else 2
     if isinstance(ffn, DenseFFN):

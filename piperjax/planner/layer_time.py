@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from meshes.platform import Device, Platform
 from models.config import DenseFFN, LayerConfig, ModelConfig, MoEFFN
+from models.query_blocks import is_in_blocks
 from piperjax.planner.kept import Share, kept_bytes, tap_bytes
 from piperjax.planner.later_passes import LaterPasses, expected_passes
 from piperjax.planner.network import (
@@ -363,7 +364,8 @@ class _Pricing:
                 1.0,
                 lambda s: not s.is_sent,
             ),
-            "products": (nothing, 1.0, everything),
+            # Of attention in blocks, what its backward needs is kept.
+            "products": (nothing, 0.0 if is_in_blocks(self.seq_len) else 1.0, everything),
             "stash": (nothing, 0.0, nothing),
         }[memory_mode]
         again = self._forward(needed[0], attention=needed[1], streams=needed[2])

@@ -39,7 +39,8 @@ class Plan:
       seq_len: tokens per sequence.
       memory_mode: what a forward keeps for its backward: the input of the "stage" only, the input of every
         "layer", also what expert dispatch sends and returns ("named"), the results of all matrix products but
-        those inside attention ("products"), or every intermediate result ("stash").
+        those inside attention, and of attention in blocks its result ("products"), or every intermediate result
+        ("stash").
       dispatch: name of the dispatcher.
       dispatch_chunks: parts in which the tokens of a microbatch travel to their experts, so that one is on its way
         while another is at its experts.

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from models.config import DenseFFN, LayerConfig, MoEFFN
-from models.query_blocks import query_block
+from models.query_blocks import is_in_blocks, query_block
 from piperjax.planner.kept import Share, attention_widths, message_bytes, tap_bytes
 from piperjax.planner.storage import LayerWeights
 
@@ -89,7 +89,7 @@ def layer_backward(
     heads = widths.query + widths.key + widths.value + widths.output
     block = query_block(share.seq_len)
     of_scores = share.sequences * layer.attention.num_heads * share.seq_len * block * W
-    in_blocks = block < share.seq_len
+    in_blocks = is_in_blocks(share.seq_len)
     # The layer's slice of the weights, and its gradient, which is added to the accumulator in place.
     copies = 1 if splits else 2
     if weights.held == 1 and not splits and not backend.is_widened:  # The slice is all there is.

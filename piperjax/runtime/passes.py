@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from models import transformer
+from models.block_attention import ATTENDED
 from models.layers import LayerContext
 from piperjax.runtime.dispatcher import COMBINED, DISPATCHED
 from piperjax.runtime.program import Call, is_variable, trace
@@ -37,8 +38,11 @@ class MemoryMode:
 def _is_product(primitive, *_, **params) -> bool:
     """Whether an operation is a matrix product without batch dimensions, a sort, a search, or moves data.
 
-    Batched products are those of attention, with their S * S results.
+    Batched products are those of attention, with their S * S results. Attention in blocks names what it needs instead
+    of these.
     """
+    if primitive.name == "name":
+        return params["name"] == ATTENDED
     if primitive.name == "dot_general":
         _, (batch_dimensions, _) = params["dimension_numbers"]
         return not batch_dimensions
@@ -65,7 +69,7 @@ MEMORY_MODES = {
     "layer": MemoryMode(policy=_INPUTS_ONLY),
     # Backward then repeats no all-to-all: 4 per layer and step instead of 6.
     "named": MemoryMode(policy=jax.checkpoint_policies.save_only_these_names(DISPATCHED, COMBINED)),
-    # Backward then repeats elementwise work and attention's inner products only.
+    # Backward then repeats elementwise work only and, of sequences that are not in blocks, attention.
     "products": MemoryMode(policy=_is_product),
     "stash": MemoryMode(policy=None),
 }

@@ -20,3 +20,14 @@ def test_a_step_costs_three_forwards_and_what_is_run_again(memory_mode, forwards
     expected = 8 * 64 * (forwards * layers - down + scores + 3 * flop.head) / 4
     plan = make_plan(model, pipe=2, data=2, num_microbatches=4, memory_mode=memory_mode)
     assert executed_flop(model, plan) == pytest.approx(expected)
+
+
+def test_attention_in_blocks_is_run_again_by_modes_that_run_layers_again():
+    model = dense_model()
+    plan = {mode: make_plan(model, seq_len=2048, memory_mode=mode) for mode in ("stash", "products", "layer")}
+    flop = {mode: executed_flop(model, one) for mode, one in plan.items()}
+    layer = cost.layer_flop(model, model.layers[0], 2048)
+    # Three times all of it, and the scores once more in backward.
+    expected = 4 * (3 * (layer.total + layer.attention_scores) + layer.attention_scores) + 3 * 2 * 256 * 64
+    assert flop["stash"] == flop["products"] == pytest.approx(8 * 2048 * expected)
+    assert flop["layer"] > flop["products"] + 8 * 2048 * 4 * 2 * layer.attention_scores

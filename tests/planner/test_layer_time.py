@@ -68,6 +68,14 @@ def test_modes_that_keep_more_compute_less():
     assert len(set(backward)) == len(MEMORY_MODES)
 
 
+def test_products_run_attention_again_only_where_it_is_whole():
+    def attention(mode, seq_len):
+        return price(memory_mode=mode, seq_len=seq_len).attention
+
+    assert attention("products", 1024) == pytest.approx(4 / 3 * attention("stash", 1024))
+    assert attention("products", 2048) == attention("stash", 2048)
+
+
 @pytest.mark.parametrize(("mode", "times"), [("stage", 3), ("layer", 2), ("named", 1), ("stash", 1)])
 def test_exchanges_are_8_6_or_4(mode, times):
     found = price(memory_mode=mode, expert_factors=(1, 2, 4))

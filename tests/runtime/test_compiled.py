@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks.cases import abstract_batch, compiled_step, dense_model, make_executor, moe_model, router_bias
 from benchmarks.overhead import large_copies
+from piperjax.planner.executed import executed_flop
+from piperjax.runtime.compiled import work_of
 from piperjax.runtime.lint import collectives
 from piperjax.training.config import OptimizerConfig
 from piperjax.training.optimizer import apply, init_moments
@@ -200,6 +202,21 @@ def test_backward_repeats_as_many_exchanges_as_the_memory_mode_says(memory_mode,
     exchanges = re.findall(r"= \(?(\w+)\[[\d,]*\]\S*,? .*all-to-all(?:-start)?\(", text)
     # Dispatch and combine, forward and backward, and what backward does again. Counts of rows are integers.
     assert sum(dtype == "f32" for dtype in exchanges) == expected
+
+
+@pytest.mark.parametrize("schedule", ["one_f_one_b", "zb_h1"])
+def test_what_products_keep_of_attention_in_blocks_saves_its_forward(monkeypatch, schedule):
+    for name, size in (("LONGEST_WHOLE", 16), ("SMALLEST_BLOCK", 16), ("LARGEST_BLOCK", 16)):
+        monkeypatch.setattr(f"models.query_blocks.{name}", size)
+    config = dense_model(num_layers=2, d_model=32, d_ff=64)
+    executor = make_executor(
+        config, pipe=2, num_microbatches=2, seq_len=32, schedule=schedule, memory_mode="products"
+    )
+    compiled = compiled_step(executor)
+    # Two products forward; backward the scores again and the gradients of weights, values, keys and queries.
+    blocks = re.findall(r" dot\(.*lhs_batch_dims=", compiled.as_text())
+    assert len(blocks) == 2 + 5
+    assert work_of(compiled, executor).flop == pytest.approx(executed_flop(config, executor.plan))
 
 
 def test_no_operation_of_a_layer_slices_the_batch_anew():

@@ -173,7 +173,11 @@ def test_tables_of_few_microbatches_equal_one_device(schedule, pipe):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "mode"), daily([("one_f_one_b", "layer"), ("zb_h1", "stash")], [("zb_h1", "stash")])
+    ("schedule", "mode"),
+    daily(
+        [(schedule, mode) for schedule in ("one_f_one_b", "zb_h1") for mode in ("layer", "products", "stash")],
+        [("zb_h1", "products")],
+    ),
 )
 def test_attention_in_blocks_equals_one_device(monkeypatch, schedule, mode):
     config = model()
