@@ -8,10 +8,10 @@ from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 
-from models.config import ModelConfig
+from models.config import LayerConfig, ModelConfig, MoEFFN
 from piperjax.planner import workspace
 from piperjax.planner.kept import Share, kept_bytes, tap_bytes
-from piperjax.planner.plan import RECOMPUTING_MODES, Plan
+from piperjax.planner.plan import Plan
 from piperjax.planner.storage import Storage, kinds_of, most_layers_of_kind, padded_rows, storage
 from piperjax.planner.workspace import Backend, Phase
 from piperjax.schedules import registry
@@ -107,6 +107,11 @@ class Layout:
     overlap: bool = False
     gradient_dtype: str = "float32"
     is_straight: bool = False
+
+    @property
+    def is_one_tick(self) -> bool:
+        """Whether there is no loop over ticks, so that what a later part of a step needs is there from then on only."""
+        return self.is_straight and self.num_microbatches * len(self.layers_per_stage) == self.pipe
 
     @property
     def splits(self) -> bool:
@@ -253,25 +258,64 @@ def _largest_phase(
     of_stage = held * x if layout.memory_mode == "stage" else 0
     if layout.overlap:  # A backward's slot is read before its loop.
         of_stage += lasting.stash / ceil(layout.slots.stash)
-    found = [workspace.head(model.d_model, rows, compiler)]
+    absent = _absent(layout, stored, lasting)
+    found = [_with_slack(workspace.head(model.d_model, rows, compiler)).beside(-absent.head)]
     for kind, layer in kinds_of(model):
         of = stored.layers[kind]
         before_layers, before_weights = _converted(model, kind, layout, stored, compiler)
-        passes = dict(splits=layout.splits, remakes_rows=layout.memory_mode in RECOMPUTING_MODES)
+        passes = dict(splits=layout.splits, memory_mode=layout.memory_mode)
         phase = workspace.layer_backward(model.d_model, layer, of, compiler, **passes)
         again = layout.overlap and of.held > 1  # The slice of the weights of a layer whose forward runs.
-        found.append(phase.beside(before_layers + of_stage + again * of.total * compiler.itemsize))
+        beside = before_layers + of_stage + again * of.total * compiler.itemsize
+        found.append(_with_slack(phase.beside(beside)).beside(-absent.backward))
         if layout.splits:
             phase = workspace.weight_gradient(model.d_model, layer, of, compiler, layout.memory_mode)
-            found.append(phase.beside(before_weights))
-    largest = max(found, key=lambda phase: phase.total)
-    largest = Phase(*(workspace.SLACK * part for part in largest))
+            gone = _gone(layer, of.held * layout.is_one_tick, before_weights, compiler, absent)
+            found.append(_with_slack(phase.beside(before_weights)).beside(-gone))
     # On CPUs the sum of squares is a kernel of its own, which reads float32, and so does what follows.
     widened = stored.widened if compiler.widens else 0
     # After the last tick only accumulators last, and what they are reduced to comes beside them. What one device alone
     # has is not reduced.
     end = Phase(workspace=lasting.gradients + 2 * stored.reduced + widened - sum(lasting))
-    return max(largest, end, key=lambda phase: phase.total)
+    return max(*found, end, key=lambda phase: phase.total)
+
+
+def _with_slack(phase: Phase) -> Phase:
+    return Phase(*(workspace.SLACK * part for part in phase))
+
+
+class _Absent(NamedTuple):
+    """Bytes of what lasts from the first tick to the last that are not there in a phase of the only tick."""
+
+    head: float = 0
+    backward: float = 0
+    weight_gradient: float = 0
+
+
+def _absent(layout: Layout, stored: Storage, lasting: _Lasting) -> _Absent:
+    """Gradients of layers begin with the pass that makes them; weight gradients need taps and no weights."""
+    if not layout.is_one_tick:
+        return _Absent()
+    gradients = lasting.gradients - stored.outer_accumulators
+    return _Absent(
+        head=gradients + lasting.taps,
+        backward=gradients if layout.splits else 0,
+        weight_gradient=lasting.compute_copy + lasting.stash,
+    )
+
+
+def _gone(layer: LayerConfig, held: int, converted: float, compiler: Backend, absent: _Absent) -> float:
+    """Bytes that weight gradients do without in the only tick, given how many layers it has, and what they converted.
+
+    Of that the original is gone as well, but for gaps where it was. Later passes read the weights.
+    """
+    share = compiler.share
+    if not held or (isinstance(layer.ffn, MoEFFN) and share.makes_passes(layer.ffn)):
+        return 0.0
+    if not converted:
+        return absent.weight_gradient
+    gap = workspace.GAP * held * workspace.widest_tap(layer, share) * share.itemsize
+    return absent.weight_gradient + converted * share.itemsize / share.wide - gap
 
 
 def _is_loop(stored: Storage, layout: Layout) -> bool:

@@ -46,6 +46,7 @@ class Storage:
     Attributes:
       at_rest: parameters at rest; each of the two moments takes as much.
       accumulators: gradients of all that a device computes with, before they are reduced.
+      outer_accumulators: those of embedding, head and final norm.
       reduced: those gradients after that, at rest, that other devices have a part in.
       widened: gradients at rest that are narrower than moments, as wide as these.
       compute_copy: what is cast or gathered at the start of a step; what is neither is read where it rests.
@@ -55,6 +56,7 @@ class Storage:
 
     at_rest: int
     accumulators: int
+    outer_accumulators: int
     reduced: int
     widened: int
     compute_copy: int
@@ -208,7 +210,7 @@ def storage(
                 leaf, chunks * most[kind], split=split, copies=copies, dimensions=leaf.shape[leaf.is_expert :]
             )
         layers[kind] = _layer_weights(leaves, expert, held=chunks * most[kind])
-    of_layers, rows = tally.copied_bytes, padded_rows(model.vocab_size, pipe)
+    of_layers, summed, rows = tally.copied_bytes, tally.accumulated_bytes, padded_rows(model.vocab_size, pipe)
     names = ("embedding",) if model.embeddings == "tied" else ("embedding", "head")
     for name in names:
         whole = pipe if vocabulary == "whole" else 1
@@ -223,6 +225,7 @@ def storage(
     return Storage(
         at_rest=tally.at_rest * master,
         accumulators=tally.accumulated_bytes,
+        outer_accumulators=tally.accumulated_bytes - summed,
         reduced=tally.reduced_bytes,
         widened=tally.widened_bytes,
         compute_copy=tally.copied_bytes,

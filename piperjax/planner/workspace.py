@@ -13,14 +13,13 @@ from typing import NamedTuple
 from models.config import DenseFFN, LayerConfig, MoEFFN
 from models.query_blocks import is_in_blocks, query_block
 from piperjax.planner.kept import Share, attention_widths, message_bytes, tap_bytes
+from piperjax.planner.plan import RECOMPUTING_MODES
 from piperjax.planner.storage import LayerWeights
 
 # Small things that are not counted one by one, and gaps between blocks: from 0 to 6 % of the largest phases seen.
 SLACK = 1.02
 # Part of a block that is lost where blocks of another size were before.
 GAP = 0.6
-# Arrays as large as the scores of one block of queries that its backward has at once: scores, weights, both gradients.
-SCORES_OF_A_BLOCK = 4
 
 
 class Phase(NamedTuple):
@@ -77,12 +76,9 @@ def layer_backward(
     backend: Backend,
     *,
     splits: bool,
-    remakes_rows: bool = True,
+    memory_mode: str = "layer",
 ) -> Phase:
-    """Backward of one layer after its forward ran again, or its input gradient alone if backward `splits`.
-
-    With `remakes_rows`, experts run again from the messages that brought them rows.
-    """
+    """Backward of one layer after its forward ran again, or its input gradient alone if backward `splits`."""
     share, w = backend.share, backend.itemsize
     T, W = share.tokens, share.wide
     widths = attention_widths(layer.attention)
@@ -107,12 +103,12 @@ def layer_backward(
         of_weights += (1 if backend.is_widened else 1 + up / (up + 1)) * weights.ffn * w
     if isinstance(layer.ffn, DenseFFN):
         hidden = T * layer.ffn.d_ff * w * (up + 3 if backend.is_widened else up + 2)
-        num_scores = SCORES_OF_A_BLOCK if in_blocks else 2
+        num_scores = _scores_of_a_block(share) if in_blocks else 2
         return Phase(workspace=of_weights + beside + hidden + num_scores * of_scores)
     ffn = layer.ffn
     R = share.rows(ffn)
     shared = T * w * (up + 3) * (ffn.shared_d_ff + ffn.dense_residual_d_ff)
-    rows, hidden = _rows_and_hidden(d_model, ffn, backend, remakes_rows=remakes_rows)
+    rows, hidden = _rows_and_hidden(d_model, ffn, backend, memory_mode)
     num_scores = 2 if backend.is_widened else 1
     if in_blocks:  # No weights of the softmax wait for their backward.
         num_scores = 0
@@ -122,8 +118,8 @@ def layer_backward(
         dispatch=2 * R * d_model * w,
         workspace=of_weights
         + beside
-        + R * w * (up + 1) * ffn.d_ff
-        + (SCORES_OF_A_BLOCK if in_blocks else 2.1) * of_scores,
+        + R * w * (up + 1 - _read_where_kept(up, memory_mode)) * ffn.d_ff
+        + (_scores_of_a_block(share) if in_blocks else 2.1) * of_scores,
     )
     # Blocks larger than the experts' hidden rows leave gaps where these were.
     largest = max(of_scores, R * d_model * w)
@@ -131,13 +127,28 @@ def layer_backward(
     return max(experts, attention, key=lambda phase: phase.total).beside(gap)
 
 
+def _scores_of_a_block(share: Share) -> float:
+    """Arrays as large as the scores of one block of queries, in float32, that its backward has at once.
+
+    Weights, which take the place of scores, and their gradients, which become those of scores; and weights as narrow as
+    products read them.
+    """
+    return 2 + (share.itemsize / share.wide if share.itemsize < share.wide else 0)
+
+
+def _read_where_kept(up: int, memory_mode: str) -> int:
+    """Rows of experts, d_ff wide, between their matrices that are read where they were kept: these do not run again."""
+    return {"products": up, "stash": up + 1}.get(memory_mode, 0)
+
+
 def _rows_and_hidden(
-    d_model: int, ffn: MoEFFN, backend: Backend, *, remakes_rows: bool = True
+    d_model: int, ffn: MoEFFN, backend: Backend, memory_mode: str = "layer"
 ) -> tuple[float, float]:
     """Bytes of rows at experts, and of what is between their matrices, in the backward of experts."""
     share, w, up = backend.share, backend.itemsize, ffn.num_matrices - 1
     R, once = share.rows(ffn), 0
-    if share.deduplicates and remakes_rows:
+    read = _read_where_kept(up, memory_mode)
+    if share.deduplicates and memory_mode in RECOMPUTING_MODES:
         # Of one chunk, messages as they arrived, and rows of gradients before they are weighed by their gates: those of
         # the gates are made from them.
         once = R * d_model * w + share.buffers(ffn).arrived * message_bytes(d_model, ffn, share)
@@ -145,8 +156,8 @@ def _rows_and_hidden(
     if backend.is_widened:
         # SwiGLU in float32; of GELU one factor, the others are rounded first.
         widths = (up + 3) * w if up == 2 else w + 5 * share.itemsize
-        return R * d_model * (2 * w + 2 * share.itemsize) + once, R * widths * ffn.d_ff
-    return 4 * R * d_model * w + once, R * w * (up + 2 + up) * ffn.d_ff
+        return R * d_model * (2 * w + 2 * share.itemsize) + once, R * (widths - read * w) * ffn.d_ff
+    return 4 * R * d_model * w + once, R * w * (up + 2 + up - read) * ffn.d_ff
 
 
 @lru_cache(maxsize=8192)
@@ -167,6 +178,15 @@ def weight_gradient(
         # slice, comes beside them. Of one chunk it comes where taps were, or attention's gradients will be.
         gradients += others * weights.experts + 2 * (layer.ffn.num_matrices - 1) * d_model * layer.ffn.d_ff
     return Phase(dispatch=rows, workspace=taps + gradients * w + hidden)
+
+
+def widest_tap(layer: LayerConfig, share: Share) -> int:
+    """Elements of the largest of a layer's taps, the gradient of a first product."""
+    ffn, T = layer.ffn, share.tokens
+    if isinstance(ffn, DenseFFN):
+        return T * (ffn.num_matrices - 1) * ffn.d_ff
+    beside = T * max(ffn.shared_d_ff, ffn.dense_residual_d_ff)
+    return (ffn.num_matrices - 1) * max(beside, share.rows(ffn) * ffn.d_ff)
 
 
 def narrow_elements(count, d_model: int, layer: LayerConfig, share: Share, memory_mode: str) -> int:

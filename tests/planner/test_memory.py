@@ -64,6 +64,26 @@ def test_slots_are_those_of_the_lowered_schedule(schedule):
         assert all(e <= t <= 1.1 * e + 1 for t, e in zip(told, exact, strict=True)), (told, exact)
 
 
+@pytest.mark.parametrize("schedule", ["gpipe", "one_f_one_b", "interleaved", "zb_h1", "zb_v"])
+def test_one_tick_is_one_of_the_lowered_schedule(schedule):
+    model, chunks = preset("tiny"), registry.chunks_of(schedule)
+    for pipe, num_microbatches in ((1, 1), (1, 2), (2, 2)):
+        plan = make_plan(
+            model, pipe=pipe, num_microbatches=num_microbatches, schedule=schedule, chunks=chunks
+        )
+        is_one = lower(plan.tick_table()).num_ticks == 1
+        assert layout_of(plan, "float32").is_one_tick == is_one
+
+
+def test_in_one_tick_gradients_of_layers_begin_with_their_pass():
+    model = preset("tiny")
+    plans = (make_plan(model, num_microbatches=n, schedule="zb_h1", seq_len=1024) for n in (1, 2))
+    one, two = (estimate_memory(model, plan, dtype="bfloat16")[0] for plan in plans)
+    # The input gradient is the largest phase of both. Beside it are accumulators of embedding, head and final norm.
+    outer = (2 * model.vocab_size + 1) * model.d_model * 4
+    assert two.taken - one.taken == pytest.approx(one.gradients - outer)
+
+
 def test_state_is_counted_once_and_shrinks_with_the_data_axis():
     model = preset("tiny")
     one, four = (estimate_memory(model, make_plan(model, data=data), dtype="float32")[0] for data in (1, 4))

@@ -12,10 +12,11 @@ TINY = preset("tiny")
 STORED = storage(TINY, (4,), pipe=1, data=1, expert=1, dtype="float32")
 
 
-def backward(kind, *, splits=False, widens=True, dtype="float32", **share):
+def backward(kind, *, splits=False, widens=True, dtype="float32", memory_mode="layer", **share):
     backend = Backend(widens=widens, share=Share(**{"sequences": 1, "seq_len": 64, **share}, dtype=dtype))
     layer = TINY.kinds[kind]
-    return workspace.layer_backward(TINY.d_model, layer, STORED.layers[kind], backend, splits=splits)
+    passes = dict(splits=splits, memory_mode=memory_mode)
+    return workspace.layer_backward(TINY.d_model, layer, STORED.layers[kind], backend, **passes)
 
 
 def weight_gradient(kind, **share):
@@ -42,6 +43,15 @@ def test_rows_that_crossed_once_are_weighed_beside_their_messages():
     rows = share.buffers(ffn)
     messages = rows.arrived * message_bytes(D, ffn, share)
     assert backward("moe", **where).dispatch == 5 * rows.experts * D * 4 + messages
+
+
+def test_what_was_kept_between_the_matrices_of_experts_is_read_where_it_is():
+    layer, products, stash = (
+        backward("moe", sequences=8, memory_mode=mode).total for mode in ("layer", "products", "stash")
+    )
+    ffn = TINY.kinds["moe"].ffn
+    hidden = Share(sequences=8, seq_len=64, dtype="float32").rows(ffn) * ffn.d_ff * 4
+    assert (layer - products, layer - stash) == (2 * hidden, 3 * hidden)
 
 
 def test_an_input_gradient_needs_less_than_a_backward():

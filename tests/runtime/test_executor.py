@@ -175,7 +175,11 @@ def test_tables_of_few_microbatches_equal_one_device(schedule, pipe):
 @pytest.mark.parametrize(
     ("schedule", "mode"),
     daily(
-        [(schedule, mode) for schedule in ("one_f_one_b", "zb_h1") for mode in ("layer", "products", "stash")],
+        [
+            (schedule, mode)
+            for schedule in ("one_f_one_b", "zb_h1")
+            for mode in ("layer", "products", "stash")
+        ],
         [("zb_h1", "products")],
     ),
 )
