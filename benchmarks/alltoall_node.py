@@ -31,7 +31,7 @@ def measure(cells: tuple[Cell, ...], mesh: Mesh) -> None:
     """Prints the samples of this process."""
     barrier = _barrier(mesh)
     for cell in cells:
-        programs = {name: _compiled(*program) for name, program in programs_of(cell, mesh).items()}
+        programs = {name: _compiled(program) for name, program in programs_of(cell, mesh).items()}
         check(cell, {name: program() for name, program in programs.items()})
         for repeat in range(cell.repeats):
             # To and fro, so that what drifts does so for all variants alike.
@@ -43,15 +43,16 @@ def measure(cells: tuple[Cell, ...], mesh: Mesh) -> None:
                 print(Sample(cell.label, name, start, end).line(), flush=True)
 
 
-def _compiled(function: Callable, arguments: tuple[jax.Array, ...]) -> Callable[[], jax.Array]:
-    compiled = jax.jit(function).lower(*arguments).compile()
-    return lambda: compiled(*arguments)
+def _compiled(program: Program) -> Callable[[], jax.Array]:
+    jitted = jax.jit(program.function, compiler_options=dict(program.options))
+    compiled = jitted.lower(*program.arguments).compile()
+    return lambda: compiled(*program.arguments)
 
 
 def _barrier(mesh: Mesh) -> Callable[[], None]:
     axes = mesh.axis_names
     total = jax.shard_map(lambda x: lax.psum(x, axes), mesh=mesh, in_specs=jax.P(*axes), out_specs=jax.P())
-    program = _compiled(*Program(total, (operand(mesh, (1,)),)))
+    program = _compiled(Program(total, (operand(mesh, (1,)),)))
     return lambda: jax.block_until_ready(program())
 
 

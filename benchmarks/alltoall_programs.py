@@ -1,6 +1,6 @@
 """The programs of the cells of `benchmarks.alltoall`: all-to-alls, and experts between dispatch and combine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from benchmarks.alltoall_cells import ITEM_BYTES, Cell, Exchange, Layer, NodeExchange, Overlap, Variant
 from meshes.axes import EXPERT
 from piperjax.runtime.all_to_all import ALL_TO_ALLS
+from piperjax.runtime.backend import compiler_options
 from piperjax.runtime.dispatch import make_experts
 from piperjax.runtime.grouped_matmul import grouped_matmul
 from piperjax.runtime.stopwatch import operand
@@ -23,10 +24,11 @@ SMALL_D_FF = 16
 
 
 class Program(NamedTuple):
-    """A function of global arrays, and these."""
+    """A function of global arrays, these, and what XLA is told for it."""
 
     function: Callable
     arguments: tuple[jax.Array, ...]
+    options: Mapping[str, str] = {}
 
 
 def programs_of(cell: Cell, mesh: Mesh) -> dict[str, Program]:
@@ -115,10 +117,23 @@ def _overlapping(cell: Overlap, mesh: Mesh) -> dict[str, Program]:
 
     def program(chunks: int, products: Callable) -> Program:
         layer = dispatching(cell, Variant(cell.dispatch, 0.0, chunks), mesh, products)
-        return Program(_with_gradients(layer) if both else layer, arguments)
+        function = _summed(_with_gradients(layer) if both else layer)
+        return Program(function, arguments, compiler_options(mesh, chunks=chunks))
 
     programs = {"wire": program(1, untouched), "products": _products(cell, mesh, arguments)}
     return programs | {f"x{chunks}": program(chunks, ffn) for chunks in cell.chunks}
+
+
+def _summed(function: Callable) -> Callable:
+    """Returns sums over all dimensions but the first.
+
+    What a step makes is read by what comes next. The memory of a program's results XLA uses for other things before.
+    """
+
+    def summed(*arguments):
+        return jax.tree.map(lambda leaf: leaf.sum(axis=tuple(range(1, leaf.ndim))), function(*arguments))
+
+    return summed
 
 
 def _with_gradients(layer: Callable) -> Callable:
@@ -157,4 +172,4 @@ def _products(cell: Overlap, mesh: Mesh, arguments: tuple[jax.Array, ...]) -> Pr
         lambda x: jnp.concatenate([x] * copies)[: num_rows[0]], mesh=mesh, in_specs=SPEC, out_specs=SPEC
     )
     function = jax.shard_map(per_device, mesh=mesh, in_specs=(SPEC,) * 4, out_specs=SPEC)
-    return Program(function, (jax.jit(tile)(x), globally(sizes, mesh), w_in, w_out))
+    return Program(_summed(function), (jax.jit(tile)(x), globally(sizes, mesh), w_in, w_out))

@@ -17,6 +17,7 @@ from piperjax.runtime.xla_flags import (
     Backend,
     Trial,
     detect_backend,
+    options_beside_exchanges,
     read_trial,
     settle,
     trial_program,
@@ -57,6 +58,17 @@ def has_started() -> bool:
         return True
     jax.config.update("jax_num_cpu_devices", given)
     return False
+
+
+def compiler_options(mesh: jax.sharding.Mesh, *, chunks: int) -> dict[str, str]:
+    """Compiler options, by name, of a program whose tokens travel in chunks (`xla_flags.BESIDE_EXCHANGES`)."""
+    devices = mesh.devices.flat
+    return options_beside_exchanges(
+        devices[0].platform,
+        os.environ.get("XLA_FLAGS", ""),
+        chunks=chunks,
+        processes=len({device.process_index for device in devices}),
+    )
 
 
 def _set_flags(num_devices: int | None) -> tuple[str, ...]:

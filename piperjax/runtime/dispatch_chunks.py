@@ -11,7 +11,8 @@ backward of a step runs beside those of the same step, in reverse: it is the sam
 
 On CPU two things differ. Barriers vanish before XLA orders the operations of a device, so there values are tied by an
 operation that it cannot remove. And exchanges of a device run one after the other, in that order: those of `work`
-before its products come first, then those of the other stages, beside products. On GPUs they run at the same time.
+before its products come first, then those of the other stages, beside products, and backward likewise. On GPUs they
+run at the same time. (And memory is not shared between exchanges and products: `xla_flags.BESIDE_EXCHANGES`.)
 """
 
 from collections.abc import Callable
@@ -42,21 +43,26 @@ def run(
     waiting, *others = (jnp.split(array, chunks) for array in tokens)
     others = list(zip(*others, strict=True))
     arrived, sent, results, collected = {}, {}, {}, {}
-    for step in range(chunks + 2):
-        leaving = [(waiting, step)] if step < chunks else []
-        if step >= 2:
-            leaving.append((results, step - 2))
+
+    def exchange(step: int) -> list:
+        """What other chunks send and collect in a step; returns the entries that it makes."""
         made = []
-        if 1 <= step <= chunks:
-            beside = partial(_work_beside, expert_ffn, leaving if chunks > 1 else [])
-            results[step - 1] = dispatcher.work(beside, arrived.pop(step - 1), sharing)
-            made.append((results, step - 1))
         if step < chunks:
             arrived[step], sent[step] = dispatcher.send(waiting[step], *others[step], sharing)
             made.append((arrived, step))
         if step >= 2:
             collected[step - 2] = dispatcher.collect(results.pop(step - 2), sent.pop(step - 2), sharing)
             made.append((collected, step - 2))
+        return made
+
+    for step in range(chunks + 2):
+        if 1 <= step <= chunks:
+            leaving = [(waiting, step)] * (step < chunks) + [(results, step - 2)] * (step >= 2)
+            beside = _Beside(expert_ffn, leaving if chunks > 1 else [], partial(exchange, step))
+            results[step - 1] = dispatcher.work(beside, arrived.pop(step - 1), sharing)
+            made = [(results, step - 1), *beside.made]
+        else:
+            made = exchange(step)
         if step + 1 < chunks:
             made.append((waiting, step + 1))
         if chunks > 1:
@@ -73,11 +79,25 @@ def _named(sharing: Sharing, leaf: jax.Array) -> jax.Array:
     return leaf if remake else checkpoint_name(leaf, DISPATCHED)
 
 
-def _work_beside(expert_ffn: ExpertFFN, leaving: list, rows: jax.Array, sizes: jax.Array) -> jax.Array:
-    """The experts of one chunk. What other chunks send meanwhile leaves when their rows are there, not before."""
-    if leaving:
-        _hold(partial(_after, rows), leaving)
-    return expert_ffn(rows, sizes)
+class _Beside:
+    """The experts of one chunk, beside what other chunks send meanwhile.
+
+    That leaves when the rows of the experts are there, not before; backward, when the gradients of their results are.
+    """
+
+    def __init__(self, expert_ffn: ExpertFFN, leaving: list, exchange: Callable[[], list]):
+        self._expert_ffn, self._leaving, self._exchange = expert_ffn, leaving, exchange
+        self.made: list = []
+
+    def __call__(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Calls the experts once, and makes what is exchanged."""
+        if self._leaving:
+            _hold(partial(_after, rows), self._leaving)
+        self.made = self._exchange()
+        results = {0: self._expert_ffn(rows, sizes)}
+        if self._leaving:
+            _hold(_gradients_after_last, [*self.made, (results, 0)])
+        return results[0]
 
 
 def _hold(hold: Callable[[list[jax.Array]], list[jax.Array]], made: list) -> None:
@@ -117,5 +137,19 @@ def _wait(leaves: list[jax.Array], first: jax.Array) -> list[jax.Array]:
     return lax.platform_dependent(leaves, first, cpu=wait, default=lambda leaves, _: leaves)
 
 
-# Backward, exchanges of the same kind come first by themselves: nothing else is ready as soon.
+# The gradients of what leaves come from exchanges, for which `_gradients_after_last` stands.
 _wait.defvjp(lambda leaves, first: (_wait(leaves, first), None), lambda _, dy: (dy, None))
+
+
+@jax.custom_vjp
+def _gradients_after_last(leaves: list[jax.Array]) -> list[jax.Array]:
+    """The same values; on CPU the gradients of all but the last are not there before its own is."""
+    return leaves
+
+
+def _gradients(_, dys: list[jax.Array]) -> tuple[list[jax.Array]]:
+    *others, last = dys
+    return ([*_after(last, others), last],)
+
+
+_gradients_after_last.defvjp(lambda leaves: (leaves, None), _gradients)

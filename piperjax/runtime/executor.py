@@ -20,6 +20,7 @@ from models.config import ModelConfig
 from piperjax.planner.plan import Plan
 from piperjax.runtime import layout as layouts
 from piperjax.runtime import placement as placements
+from piperjax.runtime.backend import compiler_options
 from piperjax.runtime.stage import LayerTable
 from piperjax.runtime.step import Step
 from piperjax.schedules.classic import forward_only_like
@@ -126,6 +127,11 @@ class Executor:
     def batch_sharding(self) -> NamedSharding:
         """Sharding of batch leaves [M, B, S]."""
         return NamedSharding(self.mesh, P(None, BATCH, None))
+
+    @property
+    def compiler_options(self) -> dict[str, str]:
+        """What XLA is told for programs that run the plan, by name."""
+        return compiler_options(self.mesh, chunks=self.plan.dispatch_chunks)
 
     def init_params(self, seed: int) -> dict:
         """Initial parameters on their devices; the same logical values on every mesh."""

@@ -24,6 +24,7 @@ class Executor(Protocol):
     abstract_params: Any
     abstract_logical: Any
     batch_sharding: NamedSharding
+    compiler_options: dict[str, str]
 
     def init_params(self, seed: int) -> Any:
         """Returns initial parameters on their devices."""
@@ -188,7 +189,12 @@ def make_train_step(executor: Executor, config: TrainConfig) -> Callable[..., tu
 
     everywhere = replicated(executor)
     out_shardings = (state_shardings(executor)._replace(placement=everywhere), everywhere)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=out_shardings,
+        compiler_options=executor.compiler_options,
+    )
 
 
 def _apply(config: OptimizerConfig, num_steps: int, state: TrainState, grads: Any) -> optimizer.Update:
