@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from piperjax.runtime import backend
@@ -122,3 +124,16 @@ def test_where_nothing_can_be_written_flags_are_tried_again(trials, monkeypatch,
     for _ in range(2):
         assert backend._remembered_trial("--xla_c", "cpu", {}) == Trial()
     assert len(trials) == 2
+
+
+def test_only_exchanges_between_processes_are_told_apart(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+    def options(processes, chunks):
+        devices = [SimpleNamespace(platform="cpu", process_index=process) for process in processes]
+        return backend.compiler_options(SimpleNamespace(devices=np.array(devices)), chunks=chunks)
+
+    assert options((0, 1), 2) == {"xla_multiheap_size_constraint_per_heap": "1"}
+    assert options((0, 0), 2) == options((0, 1), 1) == {}
+    # XLA takes them as they are.
+    assert jax.jit(lambda x: x + 1, compiler_options=options((0, 1), 2))(1) == 2

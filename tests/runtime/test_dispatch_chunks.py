@@ -42,19 +42,22 @@ def test_chunks_that_do_not_divide_are_refused(dispatch):
         )
 
 
-def products_before(equations):
-    """For every exchange of rows between nodes, in the order of the program: which products it waits for.
+def is_exchange(equation, axis):
+    return equation.primitive.name in ("all_gather", "all_to_all") and axis in equation.params["axis_name"]
 
-    Products are numbered as they come.
+
+def waited_for(equations, is_counted):
+    """For every exchange of rows between nodes, in the order of the program: which operations of a kind it waits for.
+
+    These are numbered as they come.
     """
     before, counted, found = {}, 0, []
     for equation in equations:
         waits = frozenset().union(*(before.get(v, frozenset()) for v in equation.invars if is_variable(v)))
-        name = equation.primitive.name
-        if name == "multiply":
+        if is_counted(equation):
             waits, counted = waits | {counted}, counted + 1
-        elif name in ("all_gather", "all_to_all") and "expert_node" in equation.params["axis_name"]:
-            found.append((name, waits))
+        elif is_exchange(equation, "expert_node"):
+            found.append((equation.primitive.name, waits))
         before |= dict.fromkeys(equation.outvars, waits)
     return found
 
@@ -81,12 +84,21 @@ def test_exchanges_between_nodes_wait_for_experts_two_chunks_back_only():
         per_device, mesh=CASE.mesh(), in_specs=(spec, spec, jax.P(EXPERT), spec), out_specs=spec
     )
     jax.eval_shape(mapped, arrays["x"], arrays["gates"], arrays["w"], ids)
-    found = products_before(traced[0].equations)
+    found = waited_for(traced[0].equations, lambda equation: equation.primitive.name == "multiply")
     sent = [waits for name, waits in found if name == "all_gather"]
     returned = [waits for name, waits in found if name == "all_to_all"]
     # Forward: chunk c is sent beside the product of c - 1, and collected beside that of c + 1.
     assert [max(waits, default=-1) for waits in sent[:chunks]] == [-1, -1, 0, 1]
     assert [max(waits) for waits in returned[:chunks]] == [0, 1, 2, 3]
     # Backward likewise from the last chunk on: gradients of results are sent, those of tokens collected.
-    assert [max(waits, default=-1) for waits in sent[chunks:]] == [-1, -1, 4, 5]
+    # (Products of forward are made by then.)
+    backward = [{product for product in waits if product >= chunks} for waits in sent[chunks:]]
+    assert [max(waits, default=-1) for waits in backward] == [-1, -1, 4, 5]
     assert [max(waits) for waits in returned[chunks:]] == [4, 5, 6, 7]
+    # What leaves beside a product leaves when its rows have come to their device, or backward its gradients: two
+    # exchanges inside the nodes for every chunk before, and one. The first and the last have no product beside them.
+    found = waited_for(traced[0].equations, lambda equation: is_exchange(equation, "expert_local"))
+    sent = [max(waits, default=-1) for name, waits in found if name == "all_gather"]
+    returned = [max(waits) for name, waits in found if name == "all_to_all"]
+    assert sent == [-1, 0, 2, 4, -1, 8, 10, 12]
+    assert returned == [2, 4, 6, 7, 10, 12, 14, 15]

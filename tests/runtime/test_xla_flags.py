@@ -6,12 +6,14 @@ import pytest
 
 from piperjax.runtime.bounded_process import run_bounded
 from piperjax.runtime.xla_flags import (
+    BESIDE_EXCHANGES,
     FLAGS,
     GONE,
     Flag,
     Trial,
     detect_backend,
     given_flags,
+    options_beside_exchanges,
     parse_flags,
     read_trial,
     settle,
@@ -51,6 +53,17 @@ def test_this_jaxlib_takes_every_flag_of_ours(backend):
     text = " ".join(map(str, FLAGS[backend]))
     assert try_for_real(text) == Trial()
     assert all(flag.reason and not flag.name.startswith("-") for flag in FLAGS[backend])
+
+
+def test_exchanges_between_processes_have_memory_of_their_own_unless_the_user_says_else():
+    found = options_beside_exchanges("cpu", "--xla_dump_to=/tmp/a", chunks=2, processes=2)
+    assert found == {"xla_multiheap_size_constraint_per_heap": "1"}
+    text = " ".join(map(str, BESIDE_EXCHANGES["cpu"]))
+    assert try_for_real(text) == Trial()
+    assert options_beside_exchanges("cpu", text, chunks=2, processes=2) == {}
+    for fewer in ({"chunks": 1, "processes": 2}, {"chunks": 2, "processes": 1}):
+        assert options_beside_exchanges("cpu", "", **fewer) == {}
+    assert options_beside_exchanges("gpu", "", chunks=2, processes=2) == {}
 
 
 def test_flags_that_are_gone_are_unknown_to_this_jaxlib():
