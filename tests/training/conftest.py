@@ -43,6 +43,7 @@ class BigramExecutor:
     config: ModelConfig
     pipe: int = 1
     num_devices: int = 2
+    compiler_options = {}  # noqa: RUF012
 
     @cached_property
     def mesh(self):
