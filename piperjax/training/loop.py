@@ -15,6 +15,8 @@ from meshes.platform import Platform
 from models import cost
 from piperjax.planner.sent_bytes import dispatch_bytes
 from piperjax.runtime.executor import Executor
+from piperjax.runtime.standard_error import without_lines
+from piperjax.runtime.xla_flags import NOISE_BESIDE_EXCHANGES
 from piperjax.training import banner, distributed
 from piperjax.training.checkpoint import Checkpoints
 from piperjax.training.compile_check import compare
@@ -325,12 +327,20 @@ def _batches(run: _Run) -> Iterator[dict[str, jax.Array]]:
 def _compiled(run: _Run, batch: dict[str, jax.Array]) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Returns the compiled train step; compiling is told and timed apart from the first step."""
     started = time.perf_counter()
-    run.printer.line("compiling the step, once")
+    options = run.executor.compiler_options
+    told = "".join(f", with {name}={value}" for name, value in options.items())
+    run.printer.line(f"compiling the step, once{told}")
     flags = distributed.stop_flags(run.executor.mesh, is_asked=False)
-    compiled = make_train_step(run.executor, run.config).lower(run.state, batch, flags).compile()
+    lowered = make_train_step(run.executor, run.config).lower(run.state, batch, flags)
+    with without_lines(NOISE_BESIDE_EXCHANGES if options else ""):
+        compiled = lowered.compile()
     run.printer.line(f"compiled the step in {time.perf_counter() - started:.1f} s")
     if compiled.memory_analysis() is not None:  # Not every backend tells.
         run.printer.line(compiled_lines(compare(run.executor, compiled, with_work=True)))
+        if options:
+            run.printer.line(
+                f"{'':10}buffers share no memory, so that chunks travel beside products: not predicted"
+            )
     run.clock = time.perf_counter()
     return compiled
 
