@@ -90,7 +90,13 @@ def closed_bytes(way: Variant, num_nodes: int) -> dict[str, float]:
     """The same by the planner's closed form, of rows alone."""
     shape = Shape(nodes=num_nodes, local=LOCAL, bytes_per_second=25e6, cores=1)
     one_way = dispatch_transfer(
-        shaped_platform(shape, inside_bytes_per_second=1e9, message_seconds=1e-6, latency_seconds=1e-6),
+        shaped_platform(
+            shape,
+            inside_bytes_per_second=1e9,
+            between_bytes_per_second=1e9,
+            message_seconds=1e-6,
+            latency_seconds=1e-6,
+        ),
         expert_factors=(1, num_nodes, LOCAL),
         tokens=T,
         row_bytes=4 * D,

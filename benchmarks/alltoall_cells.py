@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 ITEM_BYTES = 4
 SAMPLE = "sample "  # Gloo prints lines of its own.
@@ -17,15 +17,25 @@ ALGORITHMS = ("flat", "halo2", "halo3")
 
 
 class Variant(NamedTuple):
-    """One way to dispatch: a dispatcher, its capacity factor (0 drops nothing), and in how many chunks it sends."""
+    """One way to dispatch: a dispatcher, its capacity factor (0 for any routing), and in how many chunks it sends.
+
+    Rows that find no room are dropped, or travel in later passes: `overflow` as in a plan.
+    """
 
     dispatch: str
     capacity_factor: float = 0.0
     chunks: int = 1
+    overflow: str = "drop"
 
     def __str__(self) -> str:
         capacity = f" capacity {self.capacity_factor:g}" if self.capacity_factor else ""
-        return f"{self.dispatch}{capacity}" + (f" x{self.chunks}" if self.chunks > 1 else "")
+        passes = " in passes" if self.overflow == "passes" else ""
+        return f"{self.dispatch}{capacity}{passes}" + (f" x{self.chunks}" if self.chunks > 1 else "")
+
+    @property
+    def drops(self) -> bool:
+        """Whether rows may be dropped."""
+        return self.capacity_factor > 0 and self.overflow == "drop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +65,17 @@ class Exchange:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeExchange:
-    """All-to-alls inside every node at the same time: how fast sockets that never leave the machine are.
+    """All-to-alls inside every node at the same time, or between those of one local index: how fast either is alone.
 
     Attributes:
-      pair_bytes: bytes that every device has for every other of its node.
+      pair_bytes: bytes that every device has for every other of its node, or of its index.
+      where: "inside" the nodes, whose sockets never leave the machine, or "between" them.
       rounds: all-to-alls in a call, one after the other; a time is that of one.
       repeats: times that are taken.
     """
 
     pair_bytes: int
+    where: Literal["inside", "between"] = "inside"
     rounds: int = 1
     repeats: int = 9
     variants: tuple[str, ...] = ("node",)
@@ -71,7 +83,7 @@ class NodeExchange:
     @property
     def label(self) -> str:
         """How tables and records call it."""
-        return f"inside the nodes, {self.pair_bytes} B per pair"
+        return f"{self.where} the nodes, {self.pair_bytes} B per pair"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +119,11 @@ class Layer:
     def variants(self) -> tuple[str, ...]:
         """Names of the variants."""
         return tuple(str(way) for way in self.ways)
+
+    @property
+    def lossless(self) -> dict[str, Variant]:
+        """Variants that drop no rows, by name."""
+        return {str(way): way for way in self.ways if not way.drops}
 
     @property
     def row_bytes(self) -> int:
@@ -158,28 +175,28 @@ class Overlap:
 Cell = Exchange | NodeExchange | Layer | Overlap
 
 _FLAT, _ONCE, _DROPPING = Variant("flat"), Variant("halo2_dedup"), Variant("flat", 1.5)
-_CHUNKED, _ONCE_DROPPING = Variant("halo2_dedup", chunks=2), Variant("halo2_dedup", 1.5)
+_CHUNKED, _IN_PASSES = Variant("halo2_dedup", chunks=2), Variant("halo2_dedup", 3.0, overflow="passes")
 # Times of small sizes scatter by a factor of two on shared cores; medians of many do not.
 # Rows of 4 KiB are those of 2,048 elements in bfloat16, as models with 64 experts and 6 of them for a token have. Flat
-# dispatch that drops nothing sends 16 times the rows (64 times with 256 experts), so it has few tokens.
+# dispatch that drops nothing sends 16 times the rows (64 times with 256 experts), so it has few tokens. With 8 of 256
+# experts, buffers for any routing hold 32 times the rows that come; in passes, 3 times.
 SWEEP: tuple[Cell, ...] = (
     NodeExchange(pair_bytes=4, repeats=25),
     NodeExchange(pair_bytes=131_072),
+    NodeExchange(pair_bytes=131_072, where="between"),
     Exchange(pair_bytes=256, repeats=51),
     Exchange(pair_bytes=1024, repeats=31),
-    Exchange(pair_bytes=4096, repeats=11),
-    Exchange(pair_bytes=65_536, repeats=3),
+    Exchange(pair_bytes=16_384, repeats=5),
+    Exchange(pair_bytes=32_768, repeats=3),
     Layer(
         num_experts=64,
         experts_per_token=6,
         tokens=4,
         d_model=1024,
-        ways=(_FLAT, Variant("halo2"), Variant("halo3"), _ONCE),
+        ways=(_FLAT, Variant("halo2"), _ONCE),
     ),
     Layer(num_experts=64, experts_per_token=6, tokens=32, d_model=1024, ways=(_ONCE, _CHUNKED, _DROPPING)),
-    Layer(
-        num_experts=256, experts_per_token=8, tokens=32, d_model=1024, ways=(_ONCE, _DROPPING, _ONCE_DROPPING)
-    ),
+    Layer(num_experts=256, experts_per_token=8, tokens=32, d_model=1024, ways=(_ONCE, _DROPPING, _IN_PASSES)),
 )
 # Products are a third of the wire forward. Fewer tokens, and backward would mostly add up gradients of weights.
 _OVERLAPPED = dict(num_experts=8, experts_per_token=2, tokens=1024, d_model=1024, d_ff=2048)

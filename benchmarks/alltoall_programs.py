@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from benchmarks.alltoall_cells import ITEM_BYTES, Cell, Exchange, Layer, NodeExchange, Overlap, Variant
+from benchmarks.alltoall_cells import ITEM_BYTES, Cell, Layer, NodeExchange, Overlap, Variant
 from meshes.axes import EXPERT
 from piperjax.runtime.all_to_all import ALL_TO_ALLS
 from piperjax.runtime.backend import compiler_options
@@ -38,17 +38,17 @@ def programs_of(cell: Cell, mesh: Mesh) -> dict[str, Program]:
         return {str(way): Program(dispatching(cell, way, mesh, ffn), arguments) for way in cell.ways}
     if isinstance(cell, Overlap):
         return _overlapping(cell, mesh)
-    devices = mesh.size if isinstance(cell, Exchange) else mesh.shape[EXPERT[-1]]
-    rows = (operand(mesh, (devices, cell.pair_bytes // ITEM_BYTES)),)
     if isinstance(cell, NodeExchange):
-        return {"node": Program(_repeated(_inside, cell.rounds, mesh), rows)}
-    return {
-        name: Program(_repeated(ALL_TO_ALLS[name].move, cell.rounds, mesh), rows) for name in cell.variants
-    }
+        axis = EXPERT[-1] if cell.where == "inside" else EXPERT[-2]
+        moves, devices = {"node": partial(_along, axis)}, mesh.shape[axis]
+    else:
+        moves, devices = {name: ALL_TO_ALLS[name].move for name in cell.variants}, mesh.size
+    rows = (operand(mesh, (devices, cell.pair_bytes // ITEM_BYTES)),)
+    return {name: Program(_repeated(move, cell.rounds, mesh), rows) for name, move in moves.items()}
 
 
-def _inside(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return lax.all_to_all(x, axes[-1], 0, 0, tiled=True)
+def _along(axis: str, x: jax.Array, _: tuple[str, ...]) -> jax.Array:
+    return lax.all_to_all(x, axis, 0, 0, tiled=True)
 
 
 def _repeated(move: Callable, rounds: int, mesh: Mesh) -> Callable:
@@ -101,7 +101,9 @@ def globally(array: np.ndarray, mesh: Mesh) -> jax.Array:
 
 def dispatching(cell: Layer | Overlap, way: Variant, mesh: Mesh, products: Callable) -> Callable:
     """(x, ids, gates, w_in, w_out) -> (y [P T, D], rows dropped on each device [P])."""
-    experts = make_experts(way.dispatch, EXPERT, way.capacity_factor, chunks=way.chunks)
+    experts = make_experts(
+        way.dispatch, EXPERT, way.capacity_factor, chunks=way.chunks, overflow=way.overflow
+    )
 
     def per_device(x, ids, gates, w_in, w_out):
         own = partial(products, w_in=w_in, w_out=w_out)

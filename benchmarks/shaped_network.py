@@ -34,8 +34,6 @@ PORT = 29_500
 HOSTS = Path("/etc/netns")
 ROOT = Path(__file__).resolve().parent.parent
 BURST_BYTES = 65_536
-# Ethernet, IP and TCP with time stamps, of which a frame has 66 bytes and its payload 1,448.
-PAYLOAD_FRACTION = 1448 / 1514
 # What one socket may leave waiting at its interface; all that it has would wait there in front of others.
 SOCKET_BYTES = 16_384
 # Congestion control of the host may pace or probe, and after a pause a flow would grow its window anew in steps of a

@@ -10,9 +10,14 @@ from functools import lru_cache
 from math import erfc, exp, expm1, lgamma, log, log1p, sqrt
 from typing import NamedTuple
 
+from meshes.platform import Platform
 from models.config import MoEFFN
+from piperjax.planner.collectives import all_reduce
 from piperjax.planner.kept import Share
+from piperjax.planner.locality import Group
 
+# Whether a device has rows left: a number of 32 bits.
+AGREED_BYTES = 4
 # Passes that are less likely than this are not counted.
 LEAST_PROBABILITY = 1e-6
 
@@ -42,6 +47,14 @@ class LaterPasses(NamedTuple):
         agreement = (1 + self.number) * self.agreement
         forward = once + self.number * once / chunks + agreement
         return forward, back + repeats * (once + agreement) + self.number * (once + back) / chunks + agreement
+
+
+def later_passes(platform: Platform, share: Share, ffn: MoEFFN, imbalance: float) -> LaterPasses:
+    """Passes of one layer and microbatch after the first, and their agreement; none where all rows find room in it."""
+    if not share.makes_passes(ffn):
+        return LaterPasses()
+    agreement = all_reduce(platform, Group(share.expert), AGREED_BYTES).seconds
+    return expected_passes(share, ffn, imbalance)._replace(agreement=agreement)
 
 
 @lru_cache(maxsize=8192)

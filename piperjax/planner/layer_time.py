@@ -13,13 +13,12 @@ from meshes.platform import Device, Platform
 from models.config import DenseFFN, LayerConfig, ModelConfig, MoEFFN
 from models.query_blocks import is_in_blocks
 from piperjax.planner.kept import Share, kept_bytes, tap_bytes
-from piperjax.planner.later_passes import LaterPasses, expected_passes
+from piperjax.planner.later_passes import LaterPasses, later_passes
 from piperjax.planner.network import (
     Group,
     Rows,
     Stages,
     all_gather,
-    all_reduce,
     dispatch_stages,
     dispatch_transfer,
 )
@@ -32,8 +31,6 @@ from piperjax.planner.work import FLOAT32_BYTES, GRADIENT_BYTES, LayerWork, Prod
 HIDDEN_FRACTION = 0.7
 # Bytes per element that are read and written to bring an operand into 8 bits: from 16, for two layouts.
 CAST_BYTES = 2 + 1 + 1
-# Whether a device has rows left: a number of 32 bits.
-AGREED_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +165,8 @@ def price_layer(
         kept, taps = (count(d_model, layer, share, memory_mode) for count in (kept_bytes, tap_bytes))
         weights = itemsize * sum(p.weights for p in work.products)
         held = Held(kept_bytes=kept, tap_bytes=taps, weight_bytes=weights)
-    compute, later = pricing.seconds(memory_mode, held), _later_passes(platform, share, ffn, imbalance)
-    if later.number:
-        compute = pricing.with_later_passes(compute, later, itemsize)
+    later = LaterPasses() if buffer is None else later_passes(platform, share, ffn, imbalance)
+    compute = pricing.with_later_passes(pricing.seconds(memory_mode, held), later, itemsize)
     row_bytes = d_model * itemsize
     forward = backward = 0.0
     if isinstance(ffn, MoEFFN) and expert > 1:
@@ -232,15 +228,6 @@ def _parts(ffn: DenseFFN | MoEFFN) -> int:
     Backward it is the reverse, and a gather for gradients of weights (Korthikanti et al., arXiv:2205.05198, 4.2.2).
     """
     return 1 + (not isinstance(ffn, MoEFFN) or bool(ffn.shared_d_ff or ffn.dense_residual_d_ff))
-
-
-def _later_passes(
-    platform: Platform, share: Share | None, ffn: DenseFFN | MoEFFN, imbalance: float
-) -> LaterPasses:
-    if share is None or not isinstance(ffn, MoEFFN) or not share.makes_passes(ffn):
-        return LaterPasses()
-    agreement = all_reduce(platform, Group(share.expert), AGREED_BYTES).seconds
-    return expected_passes(share, ffn, imbalance)._replace(agreement=agreement)
 
 
 def _repeats(memory_mode: str) -> int:
