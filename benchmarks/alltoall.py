@@ -83,8 +83,9 @@ def sweep(*, write: bool) -> bool:
     print("\n".join(table(SWEEP, seconds)))
     (node, wire), cpu = platform.links, model.message_cpu_seconds(platform, SHAPE)
     print(f"\none message costs a core {cpu * 1e6:.0f} us (fitted)")
+    inside, between = node.bytes_per_second / 1e6, wire.bytes_per_second / 1e6
     print(f"measured alone: {node.latency_seconds * 1e3:.1f} ms for a collective that moves nothing; of a device "
-          f"{node.bytes_per_second / 1e6:.0f} MB/s inside a node, {wire.bytes_per_second / 1e6:.1f} between")  # fmt: skip
+          f"{inside:.0f} MB/s inside a node, {between:.1f} between")  # fmt: skip
     print(f"{'':24s}{'simulated ms':>13s}{'measured ms':>13s}{'ratio':>7s}")
     for point in points:
         ratio = point.simulated_seconds / point.measured_seconds

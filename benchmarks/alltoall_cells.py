@@ -186,8 +186,7 @@ SWEEP: tuple[Cell, ...] = (
     NodeExchange(pair_bytes=131_072, where="between"),
     Exchange(pair_bytes=256, repeats=51),
     Exchange(pair_bytes=1024, repeats=31),
-    Exchange(pair_bytes=16_384, repeats=5),
-    Exchange(pair_bytes=32_768, repeats=3),
+    Exchange(pair_bytes=16_384, repeats=7),
     Layer(
         num_experts=64,
         experts_per_token=6,

@@ -111,7 +111,7 @@ def test_what_travels_later_is_not_dropped():
 
 def test_the_sweep_asks_what_the_bars_need():
     raw = [cell for cell in SWEEP if isinstance(cell, Exchange)]
-    assert (raw[0].pair_bytes, raw[-1].pair_bytes) == (256, 32_768)
+    assert (raw[0].pair_bytes, raw[-1].pair_bytes) == (256, 16_384)
     layers = [cell for cell in SWEEP if isinstance(cell, Layer)]
     asked = {
         (cell.num_experts, cell.experts_per_token, other)
