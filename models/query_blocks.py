@@ -1,11 +1,14 @@
 """This file is how many queries attention works on at once, which both the program and its price depend on."""
 
+from functools import lru_cache
+
 # Sequences up to this length are faster with all their weights at once.
 LONGEST_WHOLE = 1024
 LARGEST_BLOCK = 512
 SMALLEST_BLOCK = 64
 
 
+@lru_cache(maxsize=1024)
 def query_block(seq_len: int) -> int:
     """Queries that are worked on together: all of a short sequence, else the largest divisor up to 512.
 

@@ -12,7 +12,14 @@ from models.config import LayerConfig, ModelConfig, MoEFFN
 from piperjax.planner import workspace
 from piperjax.planner.kept import Share, kept_bytes, tap_bytes
 from piperjax.planner.plan import Plan
-from piperjax.planner.storage import Storage, kinds_of, most_layers_of_kind, padded_rows, storage
+from piperjax.planner.storage import (
+    LayerWeights,
+    Storage,
+    kinds_of,
+    most_layers_of_kind,
+    padded_rows,
+    storage,
+)
 from piperjax.planner.workspace import Backend, Phase
 from piperjax.schedules import registry
 from piperjax.schedules.lower import lower
@@ -251,7 +258,6 @@ def _between_passes(model: ModelConfig, share: Share, memory_mode: str) -> dict[
 def _largest_phase(
     model: ModelConfig, layout: Layout, stored: Storage, compiler: Backend, lasting: _Lasting
 ) -> Phase:
-    rows = padded_rows(model.vocab_size, layout.pipe) * (layout.pipe if layout.vocabulary == "whole" else 1)
     chunks = len(layout.layers_per_stage) // layout.pipe
     held = sum(of.held for of in stored.layers.values()) // chunks
     x = compiler.share.tokens * model.d_model * compiler.itemsize
@@ -259,29 +265,54 @@ def _largest_phase(
     if layout.overlap:  # A backward's slot is read before its loop.
         of_stage += lasting.stash / ceil(layout.slots.stash)
     absent = _absent(layout, stored, lasting)
-    found = [_with_slack(workspace.head(model.d_model, rows, compiler)).beside(-absent.head)]
-    for kind, layer in kinds_of(model):
+    rows = padded_rows(model.vocab_size, layout.pipe) * (layout.pipe if layout.vocabulary == "whole" else 1)
+    weights = tuple(stored.layers.values())
+    head, layers = _phases(model, compiler, rows, weights, layout.splits, layout.memory_mode)
+    # Of every phase what is beside it, and what of that is exact.
+    found = [(head, 0.0, -absent.head)]
+    for (kind, layer), of_layer in zip(kinds_of(model), layers, strict=True):
         of = stored.layers[kind]
         before_layers, before_weights = _converted(model, kind, layout, stored, compiler)
-        passes = dict(splits=layout.splits, memory_mode=layout.memory_mode)
-        phase = workspace.layer_backward(model.d_model, layer, of, compiler, **passes)
         again = layout.overlap and of.held > 1  # The slice of the weights of a layer whose forward runs.
         beside = before_layers + of_stage + again * of.total * compiler.itemsize
-        found.append(_with_slack(phase.beside(beside)).beside(-absent.backward))
-        if layout.splits:
-            phase = workspace.weight_gradient(model.d_model, layer, of, compiler, layout.memory_mode)
+        found.append((of_layer.backward, beside, -absent.backward))
+        if of_layer.weight_gradient is not None:
             gone = _gone(layer, of.held * layout.is_one_tick, before_weights, compiler, absent)
-            found.append(_with_slack(phase.beside(before_weights)).beside(-gone))
+            found.append((of_layer.weight_gradient, before_weights, -gone))
     # On CPUs the sum of squares is a kernel of its own, which reads float32, and so does what follows.
     widened = stored.widened if compiler.widens else 0
     # After the last tick only accumulators last, and what they are reduced to comes beside them. What one device alone
     # has is not reduced.
     end = Phase(workspace=lasting.gradients + 2 * stored.reduced + widened - sum(lasting))
-    return max(*found, end, key=lambda phase: phase.total)
+    phase, beside, exact = max(found, key=lambda one: workspace.SLACK * (one[0].total + one[1]) + one[2])
+    largest = Phase(*(workspace.SLACK * part for part in phase.beside(beside))).beside(exact)
+    return max(largest, end, key=lambda phase: phase.total)
 
 
-def _with_slack(phase: Phase) -> Phase:
-    return Phase(*(workspace.SLACK * part for part in phase))
+class _OfLayer(NamedTuple):
+    """Phases of one layer; weight gradients have none of their own unless backward comes in two parts."""
+
+    backward: Phase
+    weight_gradient: Phase | None
+
+
+@lru_cache(maxsize=8192)
+def _phases(
+    model: ModelConfig,
+    compiler: Backend,
+    rows: int,
+    weights: tuple[LayerWeights, ...],
+    splits: bool,
+    memory_mode: str,
+) -> tuple[Phase, tuple[_OfLayer, ...]]:
+    """Phase of the head for `rows` of the vocabulary, and those of every kind of layer."""
+    layers = []
+    for (_, layer), of in zip(kinds_of(model), weights, strict=True):
+        mine = (model.d_model, layer, of, compiler)
+        backward = workspace.layer_backward(*mine, splits=splits, memory_mode=memory_mode)
+        weight_gradient = workspace.weight_gradient(*mine, memory_mode) if splits else None
+        layers.append(_OfLayer(backward, weight_gradient))
+    return workspace.head(model.d_model, rows, compiler), tuple(layers)
 
 
 class _Absent(NamedTuple):
