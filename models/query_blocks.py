@@ -8,7 +8,6 @@ LARGEST_BLOCK = 512
 SMALLEST_BLOCK = 64
 
 
-@lru_cache(maxsize=1024)
 def query_block(seq_len: int) -> int:
     """Queries that are worked on together: all of a short sequence, else the largest divisor up to 512.
 
@@ -16,7 +15,13 @@ def query_block(seq_len: int) -> int:
     """
     if seq_len <= LONGEST_WHOLE:
         return seq_len
-    fits = [size for size in range(SMALLEST_BLOCK, LARGEST_BLOCK + 1) if seq_len % size == 0]
+    return _largest_divisor(seq_len, SMALLEST_BLOCK, LARGEST_BLOCK)
+
+
+@lru_cache(maxsize=1024)
+def _largest_divisor(seq_len: int, smallest: int, largest: int) -> int:
+    """Of those from the smallest to the largest; the length itself if there is none."""
+    fits = [size for size in range(smallest, largest + 1) if seq_len % size == 0]
     return max(fits, default=seq_len)
 
 
