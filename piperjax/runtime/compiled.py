@@ -94,13 +94,22 @@ def _blocks_per_group(executor: Executor) -> float:
     return live / groups / block_rows(rows, groups)
 
 
+# They are the loops right in a pass of a layer; others are in functions of their own.
+_LATER_PASSES = re.compile(r"/(forward|backward|weight_gradient)/while$")
+
+
 def _unknown_turns(executor: Executor) -> hlo.Turns:
-    """Turns of loops over layers, on average over ranks and chunks, and of loops over blocks of rows."""
+    """Turns of loops over layers, on average over ranks and chunks, and of loops over blocks of rows.
+
+    Experts are taken to be loaded evenly, so that no rows wait for later passes.
+    """
     blocks, layout, count = _blocks_per_group(executor), executor.layout, executor.layout.runs.count
-    columns = executor.lowered.rank_columns
+    makes_passes, columns = executor.plan.overflow == "passes", executor.lowered.rank_columns
     ticks, ranks = np.nonzero(_is_on(columns.forward_on) & _is_on(columns.backward_on))
 
     def turns(scope: str) -> float:
+        if makes_passes and _LATER_PASSES.search(scope):
+            return 0.0
         found = re.search(r"/(layers|pairs|single)_(\w+)/while$", scope)
         if found is None:
             return blocks

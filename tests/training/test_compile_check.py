@@ -62,6 +62,18 @@ def test_tokens_that_travel_in_chunks_are_predicted_closely(schedule):
     assert -0.02 < found.memory_error < 0.12
 
 
+@pytest.mark.parametrize("schedule", ["one_f_one_b", pytest.param("zb_h1", marks=pytest.mark.slow)])
+def test_later_passes_are_not_counted(schedule):
+    executor = make_executor(
+        moe_model(num_layers=2, d_ff=256), pipe=2, expert=2, num_microbatches=4, microbatch_size=2,
+        seq_len=128, schedule=schedule, capacity_factor=1.25, overflow="passes",
+    )  # fmt: skip
+    config = TrainConfig(model=executor.config, out="unused", dtype=executor.dtype)
+    found = compile_check.compare(executor, compile_check.compile_step(executor, config)[0], with_work=True)
+    # With even loads there are none.
+    assert found.predicted_flop == pytest.approx(found.work.flop, rel=0.01)
+
+
 def test_what_is_printed_says_both(comparison):
     assert "predicted" in comparison.line() and "compiled" in comparison.line()
     table = "\n".join(comparison.lines())
