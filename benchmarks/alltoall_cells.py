@@ -186,7 +186,8 @@ SWEEP: tuple[Cell, ...] = (
     NodeExchange(pair_bytes=131_072, where="between"),
     Exchange(pair_bytes=256, repeats=51),
     Exchange(pair_bytes=1024, repeats=31),
-    Exchange(pair_bytes=16_384, repeats=7),
+    Exchange(pair_bytes=4096, repeats=21),
+    Exchange(pair_bytes=65_536, repeats=3),
     Layer(
         num_experts=64,
         experts_per_token=6,

@@ -321,6 +321,8 @@ class _Pricing:
 
         Their products are among those of all rows already, but for those of the forward that backward runs again.
         """
+        if not later.number:
+            return seconds
         rows = [s for s in self.work.streams if s.is_of_rows]
         weights = itemsize * sum(p.weights for p in self.work.products if p.groups)
         once = self._stream(weights, 2)

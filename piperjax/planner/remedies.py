@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 from math import inf
 from typing import Any
 
 import numpy as np
 
+from models.config import ModelConfig
 from piperjax.planner.candidates import AXES, Mesh, Question, Rejections, meshes, orders, vocabularies
 from piperjax.planner.cells import layers_by_flop, memory_backend
 from piperjax.planner.kept import Share
@@ -153,27 +155,47 @@ def least_bytes(question: Question, mesh: Mesh) -> float:
 
     What does not even hold these need not be searched, and that is most of what is too small by far.
     """
-    share = Share(sequences=0, seq_len=question.seq_len, expert=mesh.expert, dtype=question.dtype)
-    stages = {mesh.pipe * order.num_chunks for order in orders(question, mesh.pipe)}
-    choices = product(
-        stages, vocabularies(question, mesh.pipe), (False, True) if mesh.pipe == 1 else (False,)
+    stages = frozenset(mesh.pipe * order.num_chunks for order in orders(question, mesh.pipe))
+    lasting = _least_lasting(
+        question.model,
+        mesh,
+        (question.seq_len, question.dtype, question.wished.get("gradient_dtype", "float32")),
+        stages,
+        tuple(vocabularies(question, mesh.pipe)),
+        memory_backend(question),
     )
+    return lasting + question.platform.device.reserve_bytes
+
+
+@lru_cache(maxsize=4096)
+def _least_lasting(
+    model: ModelConfig,
+    mesh: Mesh,
+    numbers: tuple[int, str, str],
+    stages: frozenset[int],
+    placed: tuple[str, ...],
+    backend: str,
+) -> float:
+    """Least bytes over numbers of stages and vocabularies, given sequence length, dtype, and dtype of gradients."""
+    seq_len, dtype, gradient_dtype = numbers
+    share = Share(sequences=0, seq_len=seq_len, expert=mesh.expert, dtype=dtype)
     least = inf
-    for num_stages, vocabulary, is_straight in choices:
+    for num_stages, vocabulary, is_straight in product(
+        stages, placed, (False, True) if mesh.pipe == 1 else (False,)
+    ):
         layout = Layout(
             **mesh._asdict(),
-            layers_per_stage=layers_by_flop(question.model, question.seq_len, num_stages),
+            layers_per_stage=layers_by_flop(model, seq_len, num_stages),
             num_microbatches=1,
             share=share,
             slots=Slots(0, 0, 0, 0),
             vocabulary=vocabulary,
-            gradient_dtype=question.wished.get("gradient_dtype", "float32"),
+            gradient_dtype=gradient_dtype,
             is_straight=is_straight,
         )
-        memory = rank_memory(question.model, layout, backend=memory_backend(question))
-        lasting = memory.parameters + memory.moments + memory.compute_copy + memory.gradients
-        least = min(least, lasting)
-    return least + question.platform.device.reserve_bytes
+        memory = rank_memory(model, layout, backend=backend)
+        least = min(least, memory.parameters + memory.moments + memory.compute_copy + memory.gradients)
+    return least
 
 
 def _without_axes(question: Question) -> dict:

@@ -27,7 +27,7 @@ from piperjax.planner.timing import TimeEstimate, estimate_time, stage_seconds
 LARGEST_TIMED_TABLE = 512
 KEPT = 10
 # Where nobody says how large buffers are, a usual size is tried on so many meshes, and others on the best of these.
-OTHER_CAPACITY_FACTORS = (1.5, 2.0)
+OTHER_CAPACITY_FACTORS = (1.5, 2.0, 3.0)
 PROMISING_MESHES = 6
 MESHES_FOR_OTHER_SIZES = 2
 # Where no mesh holds even what lasts, plain plans on so many of the leanest show how much is lacking.

@@ -47,7 +47,7 @@ IN_PASSES = "halo2_dedup capacity 3 in passes"
 
 
 def made_up(**layer):
-    """Seconds in which nothing surprises: a message costs a device 1 ms, the wire is as fast as it was set."""
+    """Seconds in which nothing surprises: a message costs a device 1 ms, wires are as fast as they are alone."""
     platform = model.shaped_platform(
         SHAPE,
         inside_bytes_per_second=7e6,
@@ -111,7 +111,7 @@ def test_what_travels_later_is_not_dropped():
 
 def test_the_sweep_asks_what_the_bars_need():
     raw = [cell for cell in SWEEP if isinstance(cell, Exchange)]
-    assert (raw[0].pair_bytes, raw[-1].pair_bytes) == (256, 16_384)
+    assert (raw[0].pair_bytes, raw[-1].pair_bytes) == (256, 65_536)
     layers = [cell for cell in SWEEP if isinstance(cell, Layer)]
     asked = {
         (cell.num_experts, cell.experts_per_token, other)
@@ -171,6 +171,19 @@ def test_bars(layer, missed, capsys):
     assert [bar[0] for bar in bars if not alltoall.judge(*bar)] == missed
     out = capsys.readouterr().out
     assert out.count("MISSED") == len(missed) and out.count(" met\n") == len(bars) - len(missed)
+
+
+def test_passes_are_chosen_where_one_is_expected_to_be_enough():
+    seconds = made_up()
+    platform = model.platform_of(SHAPE, CELLS_OF_TEST, seconds)
+    ways = [Variant("halo2_dedup", size, overflow="passes") for size in (1.25, 3.0)]
+    few = Layer(
+        num_experts=256, experts_per_token=8, tokens=32, d_model=1024, ways=(Variant("halo2_dedup"), *ways)
+    )
+    seconds[few.label] = {name: [1.0] for name in few.variants}
+    # With 1.25 times the balanced rows of 32 tokens some buffer of 1,024 overflows, and everything travels twice.
+    (choice,) = model.choices(platform, SHAPE, [few], seconds)
+    assert choice.chosen == IN_PASSES
 
 
 def test_a_wrong_choice_misses_its_bar():

@@ -5,9 +5,12 @@ from math import exp, factorial
 import numpy as np
 import pytest
 
+from meshes.platform import load_platform
 from models.config import MoEFFN
+from piperjax.planner.collectives import all_reduce
 from piperjax.planner.kept import Share
-from piperjax.planner.later_passes import LaterPasses, exceeds, expected_passes
+from piperjax.planner.later_passes import LaterPasses, exceeds, expected_passes, later_passes
+from piperjax.planner.locality import Group
 
 
 def share(*, tokens=256, expert=8, capacity_factor=1.25, **changes):
@@ -84,3 +87,12 @@ def test_exchanges_are_those_of_every_pass():
     # Forward: once, half of a pass of one of two chunks, and 1.5 questions whether there is one more.
     assert later.beside(2.0, 4.0, repeats=1, chunks=2) == (2.0 + 0.5 + 0.375, 4.0 + 2.375 + 1.5 + 0.375)
     assert LaterPasses().beside(2.0, 4.0, repeats=2, chunks=1) == (2.0, 8.0)
+
+
+def test_devices_agree_before_every_pass_by_one_number():
+    platform, one = load_platform("frontier"), share()
+    found = later_passes(platform, one, FFN, 1.5)
+    assert found.agreement == all_reduce(platform, Group(8), 4).seconds > 0
+    assert found._replace(agreement=0.0) == expected_passes(one, FFN, 1.5)
+    dropless = share(capacity_factor=0.0)
+    assert later_passes(platform, dropless, FFN, 1.5) == LaterPasses()
