@@ -37,6 +37,11 @@ class Runs:
         """Kinds of layers."""
         return self.count.shape[3]
 
+    @property
+    def has_single_turns(self) -> bool:
+        """Whether a loop over layers has one turn on every rank, and is in no loop over rounds."""
+        return self.num_rounds == 1 and any(self.fixed_count(kind) == 1 for kind in range(self.num_kinds))
+
     def fixed_count(self, kind: int) -> np.int32 | None:
         """How many layers of a kind every run of it has; None if they differ."""
         return _only(self.count[..., kind])

@@ -238,10 +238,9 @@ class Stage:
           What `forward` returns but the stash, what `backward` returns, the stash.
         """
         # Read before the loop that writes: within it, the whole stash would be copied at every layer.
-        kept = {
-            kind: [slots.read(buffer, backward_place.slot)[None] for buffer in buffers]
-            for kind, buffers in stash.items()
-        }
+        kept = self._read_slot(stash, backward_place.slot)
+        if self.layout.runs.has_single_turns:
+            forward_place = forward_place._replace(slot=tied(forward_place.slot, to=_floating(kept)))
         alone = backward_place._replace(slot=jnp.zeros_like(backward_place.slot))
         bodies = (
             partial(self._forward_layer, forward_place),
@@ -271,6 +270,21 @@ class Stage:
         carries = (x, totals, stash), (gradient, grads, taps)
         (x, totals, stash), backward_results = self._rounds(run, carries)
         return (x, totals), backward_results, stash
+
+    def _read_slot(self, stash: Buffers, slot: jax.Array) -> Buffers:
+        """Per device: what a slot holds, as buffers of one slot.
+
+        Compilers take loops of one turn apart. What was read before one would be read where it is used, after writes,
+        so that all slots would be copied; a loop of which nobody knows that it has one turn stays.
+        """
+
+        def read(_, __):
+            return {kind: [slots.read(one, slot)[None] for one in of_kind] for kind, of_kind in stash.items()}
+
+        if not self.layout.runs.has_single_turns:
+            return read(0, None)
+        empty = jax.tree.map(lambda like: vary(jnp.zeros(like.shape, like.dtype)), jax.eval_shape(read, 0, None))
+        return _repeated("read_slot", ((slot | 1) != 0).astype(np.int32), read, empty)
 
     def _pairs(self, kind: int, walks: tuple[Walk, Walk], bodies: tuple[LayerBody, LayerBody], carries):
         """Runs two walks over layers of a kind in one loop as far as both go, then what remains of each alone."""
@@ -391,3 +405,7 @@ def _repeated(scope: str, turns: jax.Array | np.int32, body: Callable[[jax.Array
         return carry
     with jax.named_scope(scope):
         return lax.fori_loop(np.int32(0), turns, body, carry)
+
+
+def _floating(buffers: Buffers) -> list[jax.Array]:
+    return [one for one in jax.tree.leaves(buffers) if jnp.issubdtype(one.dtype, jnp.floating)]
