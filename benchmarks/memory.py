@@ -45,6 +45,7 @@ def cases() -> Iterator[Case]:
     yield from _dispatchers()
     yield from _gradients()
     yield from _kinds()
+    yield from _overlapped_single_layers()
 
 
 def _families() -> Iterator[Case]:
@@ -80,6 +81,17 @@ def _meshes() -> Iterator[Case]:
     yield case(weak, (2, 1, 4), capacity_factor=1.0, sequences=8, dtype="float32")
     yield case(weak, (4, 1, 2), overlap=True, num_microbatches=16)
     yield case(mixtral, (2, 1, 2), overlap=True, dtype="float32")
+
+
+def _overlapped_single_layers() -> Iterator[Case]:
+    """A forward beside a backward in stages of one layer, in every mode that has either."""
+    overlapped = dict(overlap=True, seq_len=256)
+    chunks = dict(schedule="interleaved", num_chunks=2, **overlapped)
+    yield case(scaled("mixtral_8x7b"), (2, 1, 2), **chunks, memory_mode="stash", dtype="float32")
+    passes = dict(capacity_factor=2.0, overflow="passes")
+    yield case(scaled("weak_1_7t"), (2, 1, 2), **chunks, **passes, memory_mode="products")
+    yield case(scaled("mixtral_8x7b"), (4, 1, 2), **overlapped, memory_mode="named", dtype="float32")
+    yield case(scaled("olmoe_1b_7b"), (4, 1, 2), **overlapped, schedule="zb_h1", memory_mode="products")
 
 
 def _dispatchers() -> Iterator[Case]:

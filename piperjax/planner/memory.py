@@ -268,6 +268,7 @@ def _largest_phase(
     rows = padded_rows(model.vocab_size, layout.pipe) * (layout.pipe if layout.vocabulary == "whole" else 1)
     weights = tuple(stored.layers.values())
     head, layers = _phases(model, compiler, rows, weights, layout.splits, layout.memory_mode)
+    between = _between_passes(model, compiler.share, layout.memory_mode)
     # Of every phase what is beside it, and what of that is exact.
     found = [(head, 0.0, -absent.head)]
     for (kind, layer), of_layer in zip(kinds_of(model), layers, strict=True):
@@ -275,6 +276,9 @@ def _largest_phase(
         before_layers, before_weights = _converted(model, kind, layout, stored, compiler)
         again = layout.overlap and of.held > 1  # The slice of the weights of a layer whose forward runs.
         beside = before_layers + of_stage + again * of.total * compiler.itemsize
+        # What the forward beside it makes waits to be kept. With one pipe rank no step compiled had more than without.
+        if layout.overlap and layout.pipe > 1:
+            beside += between[kind].kept + _hidden_of_forward(layer, layout, compiler)
         found.append((of_layer.backward, beside, -absent.backward))
         if of_layer.weight_gradient is not None:
             gone = _gone(layer, of.held * layout.is_one_tick, before_weights, compiler, absent)
@@ -287,6 +291,17 @@ def _largest_phase(
     phase, beside, exact = max(found, key=lambda one: workspace.SLACK * (one[0].total + one[1]) + one[2])
     largest = Phase(*(workspace.SLACK * part for part in phase.beside(beside))).beside(exact)
     return max(largest, end, key=lambda phase: phase.total)
+
+
+def _hidden_of_forward(layer: LayerConfig, layout: Layout, compiler: Backend) -> float:
+    """Bytes between experts' matrices that a forward beside a backward has, other than what it keeps.
+
+    Barriers keep both passes from their experts at a time; on CPU there are none. There, what is converted counts more.
+    """
+    keeps = layout.memory_mode not in ("layer", "named")
+    if not compiler.widens or compiler.is_widened or keeps or not isinstance(layer.ffn, MoEFFN):
+        return 0.0
+    return compiler.share.rows(layer.ffn) * compiler.itemsize * (layer.ffn.num_matrices - 1) * layer.ffn.d_ff
 
 
 class _OfLayer(NamedTuple):

@@ -283,7 +283,9 @@ class Stage:
 
         if not self.layout.runs.has_single_turns:
             return read(0, None)
-        empty = jax.tree.map(lambda like: vary(jnp.zeros(like.shape, like.dtype)), jax.eval_shape(read, 0, None))
+        empty = jax.tree.map(
+            lambda like: vary(jnp.zeros(like.shape, like.dtype)), jax.eval_shape(read, 0, None)
+        )
         return _repeated("read_slot", ((slot | 1) != 0).astype(np.int32), read, empty)
 
     def _pairs(self, kind: int, walks: tuple[Walk, Walk], bodies: tuple[LayerBody, LayerBody], carries):

@@ -110,7 +110,8 @@ def test_predictions_meet_the_bars_beside_what_was_compiled():
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(number, marks=[pytest.mark.slow] if number else []) for number in range(6)]
+    "number",
+    [pytest.param(number, marks=[] if number in (0, 6) else [pytest.mark.slow]) for number in range(7)],
 )
 def test_steps_of_other_sizes_are_predicted_as_well(number):
     model = benchmark.scaled("mixtral_8x7b", d_model=256, num_layers=2)
@@ -123,6 +124,8 @@ def test_steps_of_other_sizes_are_predicted_as_well(number):
             benchmark.scaled("weak_1_7t", num_layers=8), (4, 1, 2), schedule="zb_v", dispatch_chunks=2
         ),
         benchmark.case(model, (2, 2, 2), dispatch_chunks=4),
+        # If all slots were copied, this would be 40 % more than predicted.
+        benchmark.case(model, (2, 1, 2), overlap=True, memory_mode="stash", seq_len=256, num_microbatches=8),
     ][number]
     error = benchmark.predicted_bytes(case) / benchmark.compiled_bytes(case) - 1
     assert benchmark.UNDER_BAR <= error <= benchmark.OVER_BAR
