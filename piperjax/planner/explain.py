@@ -122,15 +122,16 @@ def variations(result: SearchResult) -> tuple[Variation, ...]:
         others = np.logical_and.reduce([same[name] for name in columns if name != choice] + [on_mesh])
         # The way that is quickest with so many microbatches need not be the same.
         others &= _best_of_each(scores, others) if choice == "microbatches" else same_way
+        rows = np.flatnonzero(others & ~same[choice])
         found += [
             Variation(
                 choice=choice,
                 value=_value(scores, question, choice, int(row)),
                 slower=float(scores.seconds[row] / scores.seconds[best]) - 1,
-                num_bytes=float(scores.num_bytes[row]),
+                num_bytes=float(num_bytes),
                 fits=bool(scores.fits[row]),
             )
-            for row in np.flatnonzero(others & ~same[choice])
+            for row, num_bytes in zip(rows, scores.all_bytes(rows), strict=True)
         ]
     choices = [*columns, "dispatch", "gradients"]
     found += _dispatched(result) + _accumulated(result)
@@ -139,7 +140,9 @@ def variations(result: SearchResult) -> tuple[Variation, ...]:
 
 def _best_of_each(scores: Scores, rows: np.ndarray) -> np.ndarray:
     """Of rows with as many microbatches, the quickest that fits, or else the leanest, bool `[rows]`."""
-    order = np.lexsort((np.where(scores.fits, scores.seconds, scores.num_bytes), ~scores.fits))
+    num_bytes, open_rows = scores.num_bytes.copy(), np.flatnonzero(rows & scores.is_least)
+    num_bytes[open_rows] = scores.all_bytes(open_rows)
+    order = np.lexsort((np.where(scores.fits, scores.seconds, num_bytes), ~scores.fits))
     order = order[rows[order]]
     _, firsts = np.unique(scores.num_microbatches[order], return_index=True)
     best = np.zeros_like(rows)

@@ -5,7 +5,7 @@ Every rank runs the same program, so all of them allocate the same: buffers are 
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
+from math import ceil, inf
 from typing import NamedTuple
 
 from models.config import LayerConfig, ModelConfig, MoEFFN
@@ -66,6 +66,11 @@ class RankMemory:
     def terms(self) -> dict[str, float]:
         """Every part by name."""
         return dict(vars(self))
+
+    @property
+    def is_least(self) -> bool:
+        """Whether nobody asked for more than what lasts, see `rank_memory`."""
+        return self.workspace == 0.0
 
     @property
     def taken(self) -> float:
@@ -179,8 +184,15 @@ def rank_memory(
     master_dtype: str = "float32",
     backend: str = "gpu",
     reserve_bytes: float = 0,
+    enough: float = inf,
 ) -> RankMemory:
-    """Bytes on any device; arguments as of `estimate_memory`."""
+    """Bytes on any device; arguments as of `estimate_memory`.
+
+    Args:
+      model: the model.
+      layout: what the memory of a plan depends on.
+      enough: where what lasts from the first tick to the last takes more bytes than that, nothing else is counted.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     share, slots = layout.share, Slots(*(ceil(count - 1e-6) for count in layout.slots))
@@ -215,12 +227,16 @@ def rank_memory(
         taps=sum(slots.taps * most[kind] * of_layers[kind].taps for kind in most) if slots.taps else 0,
         pipeline_buffers=x * (2 + (slots.inputs + 1 if slots.inputs else 0) + slots.gradients + 1),
     )
-    phase = _largest_phase(model, layout, stored, compiler, lasting)
+    batch = layout.num_microbatches * share.tokens * BATCH_FIELDS * 4
+    least = 3 * stored.at_rest + sum(lasting) + batch + reserve_bytes
+    # In the phases of the only tick, some of that is not there yet, or gone.
+    is_least = least > enough and not layout.is_one_tick
+    phase = Phase() if is_least else _largest_phase(model, layout, stored, compiler, lasting)
     return RankMemory(
         parameters=stored.at_rest,
         moments=2 * stored.at_rest,
         **lasting._asdict(),
-        batch=layout.num_microbatches * share.tokens * BATCH_FIELDS * 4,
+        batch=batch,
         **phase._asdict(),
         reserve=reserve_bytes,
     )

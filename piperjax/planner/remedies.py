@@ -13,8 +13,8 @@ from models.config import ModelConfig
 from piperjax.planner.candidates import AXES, Mesh, Question, Rejections, meshes, orders, vocabularies
 from piperjax.planner.cells import layers_by_flop, memory_backend
 from piperjax.planner.kept import Share
-from piperjax.planner.memory import Layout, RankMemory, estimate_memory, rank_memory
-from piperjax.planner.scoring import Scores, capacity_bytes, score
+from piperjax.planner.memory import Layout, RankMemory, rank_memory
+from piperjax.planner.scoring import Scores, capacity_bytes, memory_of, score
 from piperjax.schedules.profile import Slots
 
 GIB = 2**30
@@ -66,26 +66,14 @@ def check_room(question: Question, scores: Scores, *, advise: bool = True) -> No
             f"no plan for {question.model.name} on {where} exists: its schedule does not fit the pipe ranks and "
             f"microbatches, or has more stages than the {question.model.num_layers} layers{chunks}{advice}"
         )
-    row = int(scores.num_bytes.argmin())
-    memory = memory_of(question, scores, row)
+    row, _ = scores.leanest(~scores.fits)
+    memory = memory_of(scores, row)
     lacking = memory.total - capacity_bytes(question)
     raise ValueError(
         f"{question.model.name} does not fit {where}: the leanest plan ({scores.meshes[scores.mesh[row]]}) needs "
         f"{memory.total / GIB:.1f} GiB, {lacking / GIB:.1f} more than a device has; largest: {largest_terms(memory)}"
         f"{advice}"
     )
-
-
-def memory_of(question: Question, scores: Scores, row: int) -> RankMemory:
-    """Bytes of a row on the rank that needs most."""
-    ranks = estimate_memory(
-        question.model,
-        scores.plan(row),
-        dtype=question.dtype,
-        backend=memory_backend(question),
-        reserve_bytes=question.platform.device.reserve_bytes,
-    )
-    return max(ranks, key=lambda rank: rank.total)
 
 
 def largest_terms(memory: RankMemory, *, count: int = 3) -> str:
@@ -193,7 +181,7 @@ def _least_lasting(
             gradient_dtype=gradient_dtype,
             is_straight=is_straight,
         )
-        memory = rank_memory(model, layout, backend=backend)
+        memory = rank_memory(model, layout, backend=backend, enough=0.0)
         least = min(least, memory.parameters + memory.moments + memory.compute_copy + memory.gradients)
     return least
 

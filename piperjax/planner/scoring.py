@@ -6,8 +6,10 @@ pipe ranks and microbatches all together, as arrays. The models are those of `ti
 by FLOP and all of them as slow as the slowest; the tests compare.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from math import inf
 
 import numpy as np
@@ -26,8 +28,8 @@ from piperjax.planner.candidates import (
 from piperjax.planner.cells import Cell, groups, layers_by_flop, memory_backend
 from piperjax.planner.dispatchers import Way
 from piperjax.planner.layer_time import saved_seconds
-from piperjax.planner.memory import Layout, is_straight, rank_memory
-from piperjax.planner.plan import RECOMPUTING_MODES, Plan
+from piperjax.planner.memory import Layout, RankMemory, estimate_memory, is_straight, rank_memory
+from piperjax.planner.plan import MEMORY_MODES, RECOMPUTING_MODES, Plan
 from piperjax.planner.shared_cores import fresh_seconds
 from piperjax.schedules import registry
 from piperjax.schedules.profile import Profile, profile
@@ -46,7 +48,8 @@ class Scores:
       num_microbatches: int `[rows]`.
       memory_mode, vocabulary: positions in `memory_modes` and `vocabularies`, int `[rows]`.
       seconds: of a step, float `[rows]`.
-      num_bytes: that a device needs, float `[rows]`.
+      num_bytes: that a device needs, float `[rows]`; where `is_least`, what lasts alone, which is too much already.
+      is_least: bool `[rows]`.
     """
 
     question: Question
@@ -61,11 +64,30 @@ class Scores:
     vocabulary: np.ndarray
     seconds: np.ndarray
     num_bytes: np.ndarray
+    is_least: np.ndarray
 
     @property
     def fits(self) -> np.ndarray:
         """Whether a device has room for it, bool `[rows]`."""
         return self.num_bytes <= capacity_bytes(self.question)
+
+    def all_bytes(self, rows: Sequence[int]) -> np.ndarray:
+        """Bytes that a device needs for some rows, everything counted, float `[rows]`."""
+        return np.array([self._all_bytes(int(row)) for row in rows])
+
+    def _all_bytes(self, row: int) -> float:
+        return memory_of(self, row).total if self.is_least[row] else float(self.num_bytes[row])
+
+    def leanest(self, among: np.ndarray) -> tuple[int, float]:
+        """The row that needs least of those marked, everything counted, and its bytes."""
+        found, least = -1, inf
+        for row in np.argsort(np.where(among, self.num_bytes, inf), kind="stable")[: int(among.sum())]:
+            if self.num_bytes[row] >= least:
+                break
+            num_bytes = self._all_bytes(int(row))
+            if num_bytes < least:
+                found, least = int(row), num_bytes
+        return found, least
 
     def row_of(self, plan: Plan) -> int:
         """The row of a plan, however its layers are divided."""
@@ -130,6 +152,7 @@ def score(question: Question, meshes: list[Mesh], rejections: Rejections) -> Sco
     if not blocks:
         columns = {name: np.zeros(0, int) for name in ("mesh", "order", "way", "num_microbatches")}
         columns |= {name: np.zeros(0, int) for name in ("memory_mode", "vocabulary", "seconds", "num_bytes")}
+        columns["is_least"] = np.zeros(0, bool)
     scores = Scores(
         question=question,
         meshes=tuple(meshes),
@@ -149,11 +172,11 @@ def _all_orders(question: Question, meshes: list[Mesh]) -> list[Order]:
 def _count_unfit(scores: Scores, rejections: Rejections) -> None:
     unfit = ~scores.fits
     if unfit.any():
-        nearest = int(np.where(unfit, scores.num_bytes, inf).argmin())
-        needed, room = scores.num_bytes[nearest] / 2**30, capacity_bytes(scores.question) / 2**30
+        nearest, needed = scores.leanest(unfit)
+        room = capacity_bytes(scores.question)
         rejections.add(
             "a device must have room for the plan",
-            f"{scores.meshes[scores.mesh[nearest]]}: {needed:.1f} of {room:.1f} GiB",
+            f"{scores.meshes[scores.mesh[nearest]]}: {needed / 2**30:.1f} of {room / 2**30:.1f} GiB",
             what="plans",
             count=int(unfit.sum()),
         )
@@ -186,12 +209,17 @@ def _block(question: Question, cells: list[Cell], order: Order, *, number: int) 
         sizes = (order.schedule, pipe, microbatches, order.asked_chunks, order.layout)
         counted = profile(*sizes, recomputes=recomputes)
         seconds = _seconds(question, cells, order, counted, partition)
-        alike = [mode for mode in modes if (mode in RECOMPUTING_MODES) == recomputes]
-        num_bytes, taken = _num_bytes(question, cells, order, counted, partition, alike)
+        alike = [
+            mode for mode in modes if (mode in RECOMPUTING_MODES) == recomputes and _goes_with(order, mode)
+        ]
+        num_bytes, taken, is_least = _num_bytes(question, cells, order, counted, partition, alike)
         seconds = seconds + fresh_seconds(question.platform, question.num_devices, taken)
-        priced[recomputes] = seconds, num_bytes
+        priced[recomputes] = seconds, num_bytes, is_least
     some = next(iter(priced.values()))
-    seconds, num_bytes = np.where(recomputing, priced.get(True, some), priced.get(False, some))
+    seconds, num_bytes, is_least = (
+        np.where(recomputing, *both)
+        for both in zip(priced.get(True, some), priced.get(False, some), strict=True)
+    )
     shape = (len(cells), len(modes), len(placed))
 
     def column(values, axis: int) -> np.ndarray:
@@ -207,10 +235,15 @@ def _block(question: Question, cells: list[Cell], order: Order, *, number: int) 
         "vocabulary": column(range(len(placed)), 2),
         "seconds": seconds,
         "num_bytes": num_bytes,
+        "is_least": is_least,
     }
-    # Overlap goes through the passes layer by layer, which mode "stage" does not.
-    possible = np.array([not (order.overlap and mode == "stage") for mode in modes])
+    possible = np.array([_goes_with(order, mode) for mode in modes])
     return {name: values[:, possible].ravel() for name, values in columns.items()}
+
+
+def _goes_with(order: Order, memory_mode: str) -> bool:
+    """Overlap goes through the passes layer by layer, which mode "stage" does not."""
+    return not (order.overlap and memory_mode == "stage")
 
 
 def _seconds(
@@ -264,33 +297,52 @@ def _on_shared_cores(question: Question, cells: list[Cell], work: np.ndarray, ki
 
 def _num_bytes(
     question: Question, cells: list[Cell], order: Order, counted: Profile, partition: tuple[int, ...], modes
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes that a device needs, and that a step takes, `[cells, modes, vocabularies]`; 0 in other modes."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bytes that a device needs, and that a step takes, `[cells, modes, vocabularies]`; 0 in other modes.
+
+    The third says where only what lasts was counted, since that does not fit.
+    """
     pipe, number = cells[0].mesh.pipe, cells[0].num_microbatches
     placed = vocabularies(question, pipe)
     num_bytes = np.zeros((len(cells), len(memory_modes(question)), len(placed)))
-    taken = np.zeros_like(num_bytes)
+    taken, is_least = np.zeros_like(num_bytes), np.zeros(num_bytes.shape, bool)
     options = dict(backend=memory_backend(question), reserve_bytes=question.platform.device.reserve_bytes)
-    straight = pipe == 1 and is_straight(order.schedule, number, order.asked_chunks)
-    for place in np.ndindex(num_bytes.shape):
-        cell, mode = cells[place[0]], memory_modes(question)[place[1]]
-        if mode not in modes:
-            continue
-        layout = Layout(
-            **cell.mesh._asdict(),
-            layers_per_stage=partition,
-            num_microbatches=number,
-            share=cell.share,
-            slots=counted.slots,
-            memory_mode=mode,
-            vocabulary=placed[place[2]],
-            overlap=order.overlap,
-            gradient_dtype=question.wished.get("gradient_dtype", "float32"),
-            is_straight=straight,
-        )
-        memory = rank_memory(question.model, layout, **options)
-        num_bytes[place], taken[place] = memory.total, memory.taken
-    return num_bytes, taken
+    options["enough"] = capacity_bytes(question)
+    common = dict(
+        layers_per_stage=partition,
+        num_microbatches=number,
+        slots=counted.slots,
+        overlap=order.overlap,
+        gradient_dtype=question.wished.get("gradient_dtype", "float32"),
+        is_straight=pipe == 1 and is_straight(order.schedule, number, order.asked_chunks),
+    )
+    positions = {mode: memory_modes(question).index(mode) for mode in sorted(modes, key=MEMORY_MODES.index)}
+    for (i, cell), (k, vocabulary) in product(enumerate(cells), enumerate(placed)):
+        sizes = dict(**cell.mesh._asdict(), share=cell.share, vocabulary=vocabulary, **common)
+        least = 0.0
+        for mode, j in positions.items():
+            if least <= options["enough"]:
+                memory = rank_memory(question.model, Layout(**sizes, memory_mode=mode), **options)
+                num_bytes[i, j, k], taken[i, j, k] = memory.total, memory.taken
+                # Modes from here on keep as much for backwards or more, but may leave less for weight gradients.
+                least = memory.total - memory.taps if memory.is_least else 0.0
+                is_least[i, j, k] = memory.is_least
+            else:
+                num_bytes[i, j, k], is_least[i, j, k] = least, True
+    return num_bytes, taken, is_least
+
+
+def memory_of(scores: Scores, row: int) -> RankMemory:
+    """Bytes of a row on the rank that needs most."""
+    question = scores.question
+    ranks = estimate_memory(
+        question.model,
+        scores.plan(row),
+        dtype=question.dtype,
+        backend=memory_backend(question),
+        reserve_bytes=question.platform.device.reserve_bytes,
+    )
+    return max(ranks, key=lambda rank: rank.total)
 
 
 @lru_cache(maxsize=1024)

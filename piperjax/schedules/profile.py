@@ -19,7 +19,7 @@ from piperjax.schedules import registry
 from piperjax.schedules.filling import RECOMPUTING_UNITS, UNITS
 from piperjax.schedules.lower import lower
 from piperjax.schedules.schedule import Action
-from piperjax.schedules.ticks import TickTable, pack
+from piperjax.schedules.ticks import TickTable, has_choice, pack
 
 LARGEST_BUILT_RANKS = 8
 # From how many microbatches per rank on one more adds the same, and after how many more ranks the pattern repeats.
@@ -149,9 +149,15 @@ def profile(
     return _sum(shares, num_microbatches=M)
 
 
-@lru_cache(maxsize=1024)
 def _counted(name: str, P: int, M: int, num_chunks: int, how: tuple[str | None, bool]) -> Profile:
     slots, recomputes = how
+    # Most tables are the same for either.
+    recomputes = recomputes and has_choice(registry.build(name, P, M, num_chunks), slots)
+    return _counted_once(name, P, M, num_chunks, slots, recomputes)
+
+
+@lru_cache(maxsize=1024)
+def _counted_once(name: str, P: int, M: int, num_chunks: int, slots: str | None, recomputes: bool) -> Profile:
     table = pack(registry.build(name, P, M, num_chunks), slots, RECOMPUTING_UNITS if recomputes else UNITS)
     lowered = lower(table)
     counts = Counter(part for row in table.ticks for part in _parts(row, table))

@@ -158,7 +158,7 @@ def pack(
         return _table(schedule, _in_order(schedule, schedule.ranks))
     if slots not in ("dual", "overlap"):
         raise ValueError(f"ticks are laid out as dual, overlap, single or ordered, got {slots!r}")
-    splits = any(action.kind == "W" for actions in schedule.ranks for action in actions)
+    splits = _splits(schedule)
     on_a_v = schedule.num_ranks > 1 and schedule.stage_of_chunk == v_placement(schedule.num_ranks)
     if on_a_v and schedule.passes == "forward_backward":
         return _on_a_v(schedule, splits)
@@ -166,13 +166,22 @@ def pack(
     if not splits:
         return _table(schedule, ticks)
     table = _table(schedule, fill_weight_gradients(ticks))
-    if (
-        slots == "dual"
-        and schedule.num_chunks == 1
-        and schedule.num_microbatches < 2 * schedule.num_ranks - 1
-    ):
+    if has_choice(schedule, slots):
         return min((table, *_of_few(schedule)), key=lambda table: table.cost(units))
     return table
+
+
+def has_choice(schedule: Schedule, slots: str | None = None) -> bool:
+    """Whether `pack` takes the cheapest of several tables, so that it depends on `units`."""
+    slots = slots or schedule.clock
+    if slots != "dual":
+        return slots == "ordered"
+    few = schedule.num_microbatches < 2 * schedule.num_ranks - 1
+    return few and schedule.num_chunks == 1 and _splits(schedule)
+
+
+def _splits(schedule: Schedule) -> bool:
+    return any(action.kind == "W" for actions in schedule.ranks for action in actions)
 
 
 def _table(schedule: Schedule, ticks: Ticks) -> TickTable:

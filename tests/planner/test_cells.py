@@ -73,7 +73,7 @@ def test_the_leanest_dispatcher_is_tried_beside_the_quickest():
 def bytes_with(question, dispatch, chunks):
     wished = {"num_microbatches": 4, "dispatch": dispatch, "dispatch_chunks": chunks, "memory_mode": "layer"}
     given = asked(wished=wished | {"schedule": "1f1b", "vocabulary": "split", "overlap": False})
-    return score(given, [Mesh(2, 1, 32)], Rejections()).num_bytes.item()
+    return score(given, [Mesh(2, 1, 32)], Rejections()).all_bytes([0]).item()
 
 
 @pytest.mark.parametrize(("name", "backend"), [("frontier", "gpu"), ("cpu8", "cpu")])

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks import memory as benchmark
 from models.presets import preset
-from piperjax.planner.memory import estimate_memory, is_straight, layout_of, peak_memory
-from piperjax.planner.plan import Plan
+from piperjax.planner.memory import estimate_memory, is_straight, layout_of, peak_memory, rank_memory
+from piperjax.planner.plan import MEMORY_MODES, Plan
 from piperjax.schedules import registry
 from piperjax.schedules.lower import lower
 
@@ -129,3 +129,21 @@ def test_steps_of_other_sizes_are_predicted_as_well(number):
     ][number]
     error = benchmark.predicted_bytes(case) / benchmark.compiled_bytes(case) - 1
     assert benchmark.UNDER_BAR <= error <= benchmark.OVER_BAR
+
+
+@pytest.mark.parametrize("name", ["weak_1_7t", "deepseek_v3", "arctic", "llama4_maverick", "mistral_7b"])
+@pytest.mark.parametrize("schedule", ["one_f_one_b", "zb_h1"])
+def test_each_memory_mode_keeps_as_much_as_the_one_before(name, schedule):
+    # Scoring leaves out the modes that follow one which has no room for what lasts.
+    model = preset(name)
+    common = dict(pipe=4, data=2, expert=1, schedule=schedule, num_microbatches=8, seq_len=1024)
+    plan = make_plan(model, **common)
+    lasting = []
+    for memory_mode in MEMORY_MODES:
+        memory = rank_memory(model, layout_of(replace(plan, memory_mode=memory_mode), "bfloat16"), enough=0)
+        assert (
+            memory.is_least
+            and memory.total <= estimate_memory(model, replace(plan, memory_mode=memory_mode))[0].total
+        )
+        lasting.append(memory.total - memory.taps)
+    assert lasting == sorted(lasting) and lasting[0] < lasting[-1]

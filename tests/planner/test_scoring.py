@@ -54,7 +54,12 @@ def test_scores_are_the_full_price(case):
             reserve_bytes=question.platform.device.reserve_bytes,
         )
         # Slots of large schedules are extended, and rounded up in the full price.
-        assert scores.num_bytes[row] == pytest.approx(needed, rel=0.01)
+        (num_bytes,) = scores.all_bytes([row])
+        assert num_bytes == pytest.approx(needed, rel=0.01)
+        if scores.is_least[row]:
+            assert capacity_bytes(question) < scores.num_bytes[row] < needed
+        else:
+            assert scores.num_bytes[row] == num_bytes
 
 
 def test_what_does_not_fit_is_counted():
@@ -63,7 +68,8 @@ def test_what_does_not_fit_is_counted():
     assert unfit.count == (~scores.fits).sum() > 0
     assert capacity_bytes(scores.question) == 64 * 2**30
     # The example is the one that lacks least.
-    least = scores.num_bytes[~scores.fits].min() / 2**30
+    assert scores.is_least.sum() > 0
+    least = scores.all_bytes(np.flatnonzero(~scores.fits)).min() / 2**30
     assert f"{least:.1f} of 64.0 GiB" in unfit.example
 
 

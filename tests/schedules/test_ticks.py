@@ -1,11 +1,14 @@
 """Packing into ticks: the wave that a person would draw, and memory that does not grow."""
 
+from itertools import product
+
 import pytest
 
 from piperjax.schedules import registry
 from piperjax.schedules.classic import gpipe, one_f_one_b
+from piperjax.schedules.filling import RECOMPUTING_UNITS
 from piperjax.schedules.schedule import parse
-from piperjax.schedules.ticks import pack
+from piperjax.schedules.ticks import has_choice, pack
 
 GRID = [(P, M) for P in (1, 2, 3, 4, 7, 8, 16) for M in (1, 2, 5, 8, 33, 64)]
 
@@ -76,3 +79,21 @@ def test_overlap_never_puts_a_microbatch_into_both_slots_and_costs_one_tick():
                 places = [action[1:] for action in actions if action.kind != "W"]
                 assert len(set(places)) == len(places)
         assert len(overlap.ticks) <= len(dual.ticks) + 1
+
+
+def test_units_matter_only_where_there_is_a_choice():
+    differs = set()
+    for name in registry.names():
+        if name == "auto":
+            continue
+        for num_ranks, num_microbatches, slots in product(
+            (1, 2, 4), (2, 4, 8, 12), (None, "overlap", "ordered")
+        ):
+            try:
+                schedule = registry.build(name, num_ranks, num_microbatches)
+            except ValueError:
+                continue
+            if pack(schedule, slots) != pack(schedule, slots, RECOMPUTING_UNITS):
+                assert has_choice(schedule, slots)
+                differs.add(slots)
+    assert None in differs
