@@ -1,6 +1,6 @@
 """This file is one device: its memory, and how fast products, attention and copies of a given shape run on it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from meshes.fields import (
     Provenance,
+    as_pairs,
     check_by_dtype,
     check_by_kind,
     check_count,
@@ -16,7 +17,9 @@ from meshes.fields import (
     check_provenance,
     check_range,
     check_rate,
+    check_rate_by_size,
     check_size,
+    rate_at,
     within_range,
 )
 
@@ -143,7 +146,8 @@ class Device:
       peak_flop_per_second: peak rate of matrix products by dtype name; empty where unknown.
       memory_efficiency: part of `memory_bytes_per_second` that elementwise work and copies reach.
       elementwise_bytes_per_second: rates of work of a kind in `ELEMENTWISE`, in bytes of its operands and results if
-        each passes memory once; what is not there is bound by the memory.
+        each passes memory once; or pairs of such bytes and the rate there, as caches hold what is small. What is not
+        there is bound by the memory.
       matmul: rates of dense matrix products; None where unknown.
       grouped_matmul: rates of the grouped products of experts.
       attention: rates of attention proper.
@@ -163,7 +167,9 @@ class Device:
     memory_bytes_per_second: float | None = None
     peak_flop_per_second: Mapping[str, float] = field(default_factory=dict, hash=False)
     memory_efficiency: float = 1.0
-    elementwise_bytes_per_second: Mapping[str, float] = field(default_factory=dict, hash=False)
+    elementwise_bytes_per_second: Mapping[str, float | Sequence[Sequence[float]]] = field(
+        default_factory=dict, hash=False
+    )
     matmul: Products | None = None
     grouped_matmul: Products | None = None
     attention: Attention | None = None
@@ -186,8 +192,14 @@ class Device:
             example="bfloat16 = 191.5e12",
         )
         check_by_kind(
-            "device.elementwise_bytes_per_second", self.elementwise_bytes_per_second, ELEMENTWISE, check_rate
+            "device.elementwise_bytes_per_second",
+            self.elementwise_bytes_per_second,
+            ELEMENTWISE,
+            check_rate_by_size,
         )
+        # As a file has them they are lists, which would not be equal to what was written.
+        by_size = {kind: as_pairs(rates) for kind, rates in self.elementwise_bytes_per_second.items()}
+        object.__setattr__(self, "elementwise_bytes_per_second", by_size)
         rates = ("memory", "fresh", "host")
         for name in (f"{rate}_bytes_per_second" for rate in rates):
             if getattr(self, name) is not None:
@@ -261,8 +273,10 @@ class Device:
 
     def elementwise_seconds(self, kind: str, num_bytes: Any) -> Any:
         """Seconds of one operation of a kind in `ELEMENTWISE`, or of another, that reads and writes `num_bytes`."""
-        rate = self.elementwise_bytes_per_second.get(kind)
-        return self.stream_seconds(num_bytes) if rate is None else num_bytes / rate + self.launch_seconds
+        rates = self.elementwise_bytes_per_second.get(kind)
+        if rates is None:
+            return self.stream_seconds(num_bytes)
+        return num_bytes / rate_at(rates, num_bytes) + self.launch_seconds
 
     def together_seconds(self, longest_seconds: Any, total_seconds: Any) -> Any:
         """Seconds of a phase in which the devices of one host work side by side and then meet.

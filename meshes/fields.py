@@ -6,6 +6,8 @@ from difflib import get_close_matches
 from math import inf, isfinite
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 # measured: here, by `python -m piperjax measure`. published: by somebody who measured it. vendor: a data sheet's peak.
 # assumed: an order of magnitude, or what follows from the others.
 Provenance = Literal["measured", "published", "vendor", "assumed"]
@@ -37,6 +39,36 @@ def check_rate(name: str, value: Any) -> None:
         raise ValueError(
             f"{name} must be a positive number in base units (bytes, seconds, FLOP), got {value!r}"
         )
+
+
+def check_rate_by_size(name: str, value: Any) -> None:
+    """A rate, or rates by size: pairs of a size and the rate there, sizes growing."""
+    if not isinstance(value, Sequence):
+        check_rate(name, value)
+        return
+    if isinstance(value, str) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in value):
+        raise ValueError(
+            f"{name} must be a rate, or pairs of bytes and a rate as in [[1e6, 2e10], [1e7, 1e10]]"
+        )
+    for size, rate in value:
+        check_rate(f"{name}, bytes,", size)
+        check_rate(f"{name}, rate,", rate)
+    sizes = [size for size, _ in value]
+    if not sizes or sizes != sorted(set(sizes)):
+        raise ValueError(f"{name} must have rates for growing numbers of bytes, got {sizes}")
+
+
+def as_pairs(rates: Any) -> Any:
+    """The same rate, or the same pairs as tuples."""
+    return tuple(map(tuple, rates)) if isinstance(rates, Sequence) else rates
+
+
+def rate_at(rates: Any, size: Any) -> Any:
+    """The rate at a size, or at an array of sizes: between those that are known a power law, the nearest beyond."""
+    if not isinstance(rates, Sequence):
+        return rates
+    sizes, known = np.log(np.array(rates, float)).T
+    return np.exp(np.interp(np.log(np.maximum(size, 1.0)), sizes, known))
 
 
 def check_size(name: str, value: Any) -> None:

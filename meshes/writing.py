@@ -57,6 +57,8 @@ def _literal(value: Any) -> str:
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
         return f'"{escaped}"'
+    if isinstance(value, Sequence):
+        return "[" + ", ".join(map(_literal, value)) + "]"
     if isinstance(value, int):
         return f"{value:_}"
     number = float(value)

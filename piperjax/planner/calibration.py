@@ -181,7 +181,7 @@ def calibrate(platform: Platform, measurements: Measurements, *, shares_cores: b
     if measurements.fresh:
         device = replace(device, fresh_bytes_per_second=_fresh_rate(measurements.fresh, device, scale))
     by_kind = {
-        kind: _median_rate([s for s in measurements.elementwise if s.kind == kind], scale)
+        kind: _rates_by_size([s for s in measurements.elementwise if s.kind == kind], scale)
         for kind in dict.fromkeys(s.kind for s in measurements.elementwise)
     }
     device = replace(device, elementwise_bytes_per_second=by_kind or device.elementwise_bytes_per_second)
@@ -197,6 +197,15 @@ def calibrate(platform: Platform, measurements: Measurements, *, shares_cores: b
         )
         platform = _with_links(replace(platform, links=links), measurements.exchanges, fits)
     return Calibration(platform=platform, fits=fits)
+
+
+def _rates_by_size(
+    samples: Sequence[ElementwiseSample], scale: float
+) -> float | tuple[tuple[float, float], ...]:
+    """The rate of each size that was measured; one number if there is one size."""
+    sizes = sorted({s.num_bytes for s in samples})
+    rates = [_median_rate([s for s in samples if s.num_bytes == size], scale) for size in sizes]
+    return rates[0] if len(sizes) == 1 else tuple(zip(sizes, rates, strict=True))
 
 
 def _median_rate(samples: Sequence[BytesSample | ElementwiseSample], scale: float) -> float:

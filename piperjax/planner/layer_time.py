@@ -421,5 +421,6 @@ class _Pricing:
         )
 
     def _stream(self, num_bytes: float, launches: int, kind: str = "memory") -> float:
-        extra = (launches - 1) * self.device.launch_seconds
-        return self.device.elementwise_seconds(kind, num_bytes) + extra
+        if not launches:
+            return self.device.elementwise_seconds(kind, num_bytes) - self.device.launch_seconds
+        return launches * self.device.elementwise_seconds(kind, num_bytes / launches)

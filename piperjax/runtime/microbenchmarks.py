@@ -67,7 +67,7 @@ class Shapes:
       working_bytes: of all arrays between which it alternates, on one device; more than caches hold.
       copy_bytes: of the arrays that are copied to a device and back.
       fresh_bytes: of the arrays for which a program takes memory.
-      elementwise_bytes: of one array of the kinds of elementwise work that have a rate of their own.
+      elementwise_bytes: of one array of the kinds of elementwise work that have rates of their own.
       dtypes: of products and attention; the first one gets all shapes, others every third.
     """
 
@@ -117,7 +117,7 @@ _CPU = Shapes(
     copy_bytes=(2**20, 2**23, 2**16, 2**26),
     dtypes=("float32", "bfloat16"),
     fresh_bytes=(2**26,),
-    elementwise_bytes=(2**18, 2**21),
+    elementwise_bytes=(2**18, 2**21, 2**24),
 )
 
 _GPU = Shapes(

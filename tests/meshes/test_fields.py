@@ -62,3 +62,32 @@ def test_fields_of_a_dataclass():
     assert fields.checked_fields(Link, values, "[[links]]") == values
     with pytest.raises(ValueError, match="has no field 'device', did you mean devices"):
         fields.checked_fields(Link, {**values, "device": 8}, "[[links]]")
+
+
+def test_rates_by_size_are_a_power_law_between_what_is_known():
+    rates = [[1e6, 4e10], [1e8, 1e10]]
+    fields.check_rate_by_size("norm", rates)
+    fields.check_rate_by_size("norm", 3e10)
+    assert fields.rate_at(3e10, 1e5) == 3e10
+    np.testing.assert_allclose(
+        fields.rate_at(rates, np.array([0, 1e6, 1e7, 1e8, 1e9])), [4e10, 4e10, 2e10, 1e10, 1e10]
+    )
+
+
+@pytest.mark.parametrize(
+    ("rates", "sentence"),
+    [
+        (-1.0, "norm must be a positive number"),
+        (
+            [1e6, 2e10],
+            r"norm must be a rate, or pairs of bytes and a rate as in \[\[1e6, 2e10\], \[1e7, 1e10\]\]",
+        ),
+        ("fast", "norm must be a rate, or pairs"),
+        ([[1e6, 0]], "norm, rate, must be a positive number"),
+        ([[1e7, 1e10], [1e6, 2e10]], "norm must have rates for growing numbers of bytes"),
+        ([], "norm must have rates for growing numbers"),
+    ],
+)
+def test_rates_by_size_that_are_none_are_named(rates, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        fields.check_rate_by_size("norm", rates)

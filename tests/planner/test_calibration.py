@@ -116,7 +116,9 @@ def measurements(disturb=lambda seconds: seconds):
             ElementwiseSample(kind, 1e6, together * 1e6 / (factor * rate))
             for kind, rate in (("activation_gradient", 4e9), ("rows", 2e10))
             for factor in (0.7, 1.0, 2.0)
-        ),
+        )
+        # The more bytes the slower.
+        + tuple(ElementwiseSample("layout", size, together * size / (1e16 / size)) for size in (1e7, 1e6)),
     )
 
 
@@ -128,7 +130,9 @@ def test_rates_come_back():
     assert device.call_seconds == 3e-4
     assert device.host_bytes_per_second == 1e9
     assert device.fresh_bytes_per_second == pytest.approx(4e9, rel=0.01)
-    assert device.elementwise_bytes_per_second == pytest.approx({"activation_gradient": 4e9, "rows": 2e10})
+    by_kind = dict(device.elementwise_bytes_per_second)
+    np.testing.assert_allclose(by_kind.pop("layout"), [[1e6, 1e10], [1e7, 1e9]])
+    assert by_kind == pytest.approx({"activation_gradient": 4e9, "rows": 2e10})
     assert device.memory_bytes_per_second == pytest.approx(2e10, rel=0.01)
     for (m, n, k), grouped in itertools.product(((32, 100, 200), (400, 300, 64)), (False, True)):
         for dtype, weight_gradient in itertools.product(("float32", "bfloat16"), (False, True)):

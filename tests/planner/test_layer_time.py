@@ -178,6 +178,25 @@ def test_elementwise_work_has_a_rate_of_its_own_where_memory_does_not_bound_it(k
     assert back.forward == usual.forward
 
 
+def test_an_operation_has_the_rate_of_its_own_size():
+    """Queries and keys are turned by two operations, each of half of the bytes."""
+    each = 4096 * FORWARD_BYTES["rotary"] / 2
+    pairs = ((each / 10, 1e10), (each, 1e9), (10 * each, 1e8))
+    by_size, at_each = (
+        price(platform=machine(elementwise_bytes_per_second={"rotary": rate}), memory_mode="stash")
+        for rate in (pairs, 1e9)
+    )
+    assert by_size.forward == pytest.approx(at_each.forward, rel=1e-9)
+    twice = price(
+        platform=machine(elementwise_bytes_per_second={"rotary": pairs}), memory_mode="stash", tokens=8192
+    )
+    # A tenth of the rate at ten times the size: a power of -1, so twice the bytes go at half the rate.
+    usual = price(
+        platform=machine(elementwise_bytes_per_second={"rotary": 1e9}), memory_mode="stash", tokens=8192
+    )
+    assert twice.forward - usual.forward == pytest.approx(2 * each * 2 / 1e9, rel=1e-6)
+
+
 def test_experts_on_a_cpu_multiply_half_a_block_more_for_each_group():
     """8 experts with 1,024 rows each, in blocks of 128: by 64 / 1,024 more."""
     shared = machine(concurrent_devices=1.0)

@@ -131,7 +131,7 @@ def test_steps_of_other_sizes_are_predicted_as_well(number):
     assert benchmark.UNDER_BAR <= error <= benchmark.OVER_BAR
 
 
-@pytest.mark.parametrize("name", ["weak_1_7t", "deepseek_v3", "arctic", "llama4_maverick", "mistral_7b"])
+@pytest.mark.parametrize("name", ["weak_1_7t", "deepseek_v3", "arctic", "llama4_maverick", "kimi_k2"])
 @pytest.mark.parametrize("schedule", ["one_f_one_b", "zb_h1"])
 def test_each_memory_mode_keeps_as_much_as_the_one_before(name, schedule):
     # Scoring leaves out the modes that follow one which has no room for what lasts.
