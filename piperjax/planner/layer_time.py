@@ -146,9 +146,10 @@ def price_layer(
         itemsize=itemsize,
     )
     sums = share is not None and share.deduplicates
-    wasted = 0.0
+    wasted, empty = 0.0, 0.0
     if buffer is not None and device.concurrent_devices is not None:  # A CPU multiplies in blocks.
         wasted = wasted_rows(buffer.experts // dispatch_chunks, ffn.num_experts // expert)
+        empty = itemsize * max(0.0, buffer.experts - max(p.rows * p.groups for p in work.products))
     pricing = _Pricing(
         device,
         work,
@@ -158,6 +159,7 @@ def price_layer(
         dispatch_chunks,
         sums,
         wasted,
+        empty,
         gradient_bytes=GRADIENT_BYTES[gradient_dtype],
     )
     held = Held()
@@ -256,8 +258,9 @@ class _Pricing:
     """The work of a layer on a device, for products in `dtype` and everything else in `base`.
 
     Experts work on `chunks` of the rows, one after the other, and results are summed before they return, or not. Beside
-    the rows of an expert in a chunk, `wasted` ones are multiplied that fill its last block. Gradients are added up in
-    elements of `gradient_bytes`.
+    the rows of an expert in a chunk, `wasted` ones are multiplied that fill its last block, and zeros are written to
+    places of a buffer that no row is in, `empty` bytes for every feature. Gradients are added up in elements of
+    `gradient_bytes`.
     """
 
     device: Device
@@ -268,6 +271,7 @@ class _Pricing:
     chunks: int = 1
     sums: bool = False
     wasted: float = 0.0
+    empty: float = 0.0
     gradient_bytes: int = FLOAT32_BYTES
 
     @property
@@ -401,7 +405,8 @@ class _Pricing:
             dtype = "float32" if table and "float32" in table.efficiency else self.base
         chunks, wasted = (self.chunks, self.wasted) if p.groups else (1, 0.0)
         rows, depth = (m, k / chunks + wasted) if weight_gradient else (m / chunks + wasted, k)
-        return chunks * self.device.product_seconds(
+        zeros = self._stream(self.empty * n, 1) if p.groups and self.empty and not weight_gradient else 0.0
+        return zeros + chunks * self.device.product_seconds(
             rows,
             n,
             depth,
