@@ -205,6 +205,21 @@ def test_experts_on_a_cpu_multiply_half_a_block_more_for_each_group():
     assert found.dense == usual.dense
 
 
+def test_places_without_rows_are_filled_with_zeros_on_a_cpu():
+    """One of 8 experts a device: 8 x 4,096 places for 2 x 4,096 rows, in both results and both input gradients."""
+    options = dict(rows="static", expert_factors=(1, 1, 8), memory_mode="stash")
+    quick, slow = (
+        price(platform=machine(concurrent_devices=1.0, memory_bytes_per_second=rate), **options)
+        for rate in (1e30, 1e12)
+    )
+    num_bytes = 2 * (8 - 2) * 4096 * (2 * 14336 + 4096 + 14336 + 4096)
+    assert slow.experts - quick.experts == pytest.approx(num_bytes / 1e12)
+    usual = [
+        price(platform=machine(memory_bytes_per_second=rate), **options).experts for rate in (1e30, 1e12)
+    ]
+    assert usual[0] == usual[1]
+
+
 def test_later_passes_repeat_exchanges_and_go_through_their_buffers():
     layer = preset("mixtral_8x7b").layers[0]
     options = dict(
