@@ -201,6 +201,10 @@ def picture(rows: list[tuple[Case, int, float]]) -> str:
             "(blue float32, orange bfloat16)</text>"
         ),
     ]
+    lines.append(
+        f'<text x="{(left + width - 20) / 2:.0f}" y="{height - 6}" text-anchor="middle">steps, in the order of '
+        "results/memory.csv</text>"
+    )
     for error in (-0.04, -0.02, 0.0, 0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14):
         bar = error in (UNDER_BAR, OVER_BAR)
         style = 'stroke="#c00" stroke-dasharray="5 4"' if bar else 'stroke="#ddd"'

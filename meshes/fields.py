@@ -19,7 +19,7 @@ def checked_fields(cls: type, values: Mapping[str, Any], where: str) -> dict[str
     for key in values:
         if key not in known:
             near = get_close_matches(key, known, n=1)
-            hint = f", did you mean {near[0]}?" if near else ";"
+            hint = f", did you mean {near[0]!r}?" if near else ";"
             raise ValueError(f"{where} has no field '{key}'{hint} its fields are {', '.join(known)}")
     for key, entry in known.items():
         if key not in values and entry.default is MISSING and entry.default_factory is MISSING:

@@ -60,7 +60,7 @@ def test_within_range():
 def test_fields_of_a_dataclass():
     values = {"name": "wire", "devices": 8, "bytes_per_second": 1e9, "latency_seconds": 1e-6}
     assert fields.checked_fields(Link, values, "[[links]]") == values
-    with pytest.raises(ValueError, match="has no field 'device', did you mean devices"):
+    with pytest.raises(ValueError, match="has no field 'device', did you mean 'devices'"):
         fields.checked_fields(Link, {**values, "device": 8}, "[[links]]")
 
 

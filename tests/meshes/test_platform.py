@@ -235,7 +235,7 @@ def test_a_file_with_rates(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ("half_rows", "half_row", "[device.matmul] has no field 'half_row', did you mean half_rows?"),
+        ("half_rows", "half_row", "[device.matmul] has no field 'half_row', did you mean 'half_rows'?"),
         ("half_seq = 256", "half_seq = -1", "[device.attention]: half_seq must be a number of at least 0"),
         ("largest_flop = 1e9", "", "[device.grouped_matmul]: the range of FLOP must have both ends"),
         ("efficiency = { float32 = 0.9 }", "", "[device.matmul] needs the field efficiency"),
@@ -292,9 +292,9 @@ def test_network_interfaces_are_shared_evenly():
         (
             "devices_per_node",
             "device_per_node",
-            "the top level has no field 'device_per_node', did you mean devices_per_node?",
+            "the top level has no field 'device_per_node', did you mean 'devices_per_node'?",
         ),
-        ("[device]", "[devices]", "the top level has no field 'devices', did you mean device?"),
+        ("[device]", "[devices]", "the top level has no field 'devices', did you mean 'device'?"),
         (DEVICE, "device = 3\n", "device must be a table headed [device], got 3"),
         ('"two hosts"', '" "', "description must be a non-empty text, got ' '"),
         ("1_000_000", "-5", "device.memory_bytes must be a whole number of at least 1, got -5"),
