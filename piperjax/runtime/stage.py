@@ -238,9 +238,17 @@ class Stage:
           What `forward` returns but the stash, what `backward` returns, the stash.
         """
         # Read before the loop that writes: within it, the whole stash would be copied at every layer.
-        kept = self._read_slot(stash, backward_place.slot)
         if self.layout.runs.has_single_turns:
-            forward_place = forward_place._replace(slot=tied(forward_place.slot, to=_floating(kept)))
+            kept, slot = lax.platform_dependent(
+                stash,
+                backward_place.slot,
+                vary(forward_place.slot),
+                cpu=_read_before_writing,
+                default=lambda stash, slot, other: (_read_slot(stash, slot), other),
+            )
+            forward_place = forward_place._replace(slot=slot)
+        else:
+            kept = _read_slot(stash, backward_place.slot)
         alone = backward_place._replace(slot=jnp.zeros_like(backward_place.slot))
         bodies = (
             partial(self._forward_layer, forward_place),
@@ -270,23 +278,6 @@ class Stage:
         carries = (x, totals, stash), (gradient, grads, taps)
         (x, totals, stash), backward_results = self._rounds(run, carries)
         return (x, totals), backward_results, stash
-
-    def _read_slot(self, stash: Buffers, slot: jax.Array) -> Buffers:
-        """Per device: what a slot holds, as buffers of one slot.
-
-        Compilers take loops of one turn apart. What was read before one would be read where it is used, after writes,
-        so that all slots would be copied; a loop of which nobody knows that it has one turn stays.
-        """
-
-        def read(_, __):
-            return {kind: [slots.read(one, slot)[None] for one in of_kind] for kind, of_kind in stash.items()}
-
-        if not self.layout.runs.has_single_turns:
-            return read(0, None)
-        empty = jax.tree.map(
-            lambda like: vary(jnp.zeros(like.shape, like.dtype)), jax.eval_shape(read, 0, None)
-        )
-        return _repeated("read_slot", ((slot | 1) != 0).astype(np.int32), read, empty)
 
     def _pairs(self, kind: int, walks: tuple[Walk, Walk], bodies: tuple[LayerBody, LayerBody], carries):
         """Runs two walks over layers of a kind in one loop as far as both go, then what remains of each alone."""
@@ -409,5 +400,22 @@ def _repeated(scope: str, turns: jax.Array | np.int32, body: Callable[[jax.Array
         return lax.fori_loop(np.int32(0), turns, body, carry)
 
 
-def _floating(buffers: Buffers) -> list[jax.Array]:
-    return [one for one in jax.tree.leaves(buffers) if jnp.issubdtype(one.dtype, jnp.floating)]
+def _read_slot(stash: Buffers, slot: jax.Array) -> Buffers:
+    """What a slot holds, as buffers of one slot."""
+    return {kind: [slots.read(one, slot)[None] for one in of_kind] for kind, of_kind in stash.items()}
+
+
+def _read_before_writing(stash: Buffers, slot: jax.Array, other: jax.Array) -> tuple[Buffers, jax.Array]:
+    """The same on CPU, where XLA drops barriers and takes loops of one turn apart; and a slot to be written later.
+
+    What was read before such a loop would be read where it is used, after writes, so that all slots would be copied. A
+    loop of which nobody knows that it has one turn stays, and the other slot is not known before it ends.
+    """
+
+    def read(_, __):
+        return _read_slot(stash, slot)
+
+    empty = jax.tree.map(lambda like: vary(jnp.zeros(like.shape, like.dtype)), jax.eval_shape(read, 0, None))
+    kept = _repeated("read_slot", ((slot | 1) != 0).astype(np.int32), read, empty)
+    floating = [one for one in jax.tree.leaves(kept) if jnp.issubdtype(one.dtype, jnp.floating)]
+    return kept, tied(other, to=floating)
