@@ -8,8 +8,9 @@ on the plan that the planner picks. Predictions come from the platform file alon
 it on a quiet machine.
 
 The speed of a processor that is shared drifts by more than what is to be shown, so both sides take turns: measure, all
-meshes, measure, all meshes. The median of a mesh's steps counts, and the geometric mean of the two predictions. Beside
-every mesh a product of fixed size is timed, whose range says how far the speed drifted.
+meshes, measure, all meshes. The meshes take turns, too, one step each, again and again, so that a slow minute is not
+one mesh's. The median of a mesh's steps counts, and the geometric mean of the two predictions. Beside every step a
+product of fixed size is timed, whose range says how far the speed drifted.
 
 `--steps` writes the measured seconds to a file, or reads what it has: only predictions change then, and the bars are
 not judged.
@@ -71,6 +72,8 @@ MESHES = (
         "vocabulary": "whole",
     },
 )
+# Steps of every mesh after each measurement.
+STEPS = 5
 WORST_BAR, RANK_BAR, CHOICE_BAR = 0.15, 0.9, 1.05
 
 
@@ -99,17 +102,14 @@ class Training:
             distributed.stop_flags(mesh, is_asked=False),
         )
         self.step = make_train_step(executor, config).lower(self.state, *self.inputs).compile()
-        self.seconds(1)  # The first step does not count.
+        self.seconds()  # The first step does not count.
 
-    def seconds(self, repeats: int) -> list[float]:
-        """Seconds of so many steps."""
-        taken = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            self.state, metrics = self.step(self.state, *self.inputs)
-            jax.block_until_ready((self.state, metrics))
-            taken.append(time.perf_counter() - start)
-        return taken
+    def seconds(self) -> float:
+        """Seconds of one step."""
+        start = time.perf_counter()
+        self.state, metrics = self.step(self.state, *self.inputs)
+        jax.block_until_ready((self.state, metrics))
+        return time.perf_counter() - start
 
 
 def reference_seconds() -> float:
@@ -127,8 +127,8 @@ def reference_seconds() -> float:
 class Steps:
     """Measured seconds of steps by plan, kept in a file if there is one; what it has is not measured again."""
 
-    def __init__(self, path: Path | None, *, repeats: int):
-        self.path, self.repeats = path, repeats
+    def __init__(self, path: Path | None):
+        self.path = path
         self.trainings: dict[str, Training] = {}
         self.taken: dict[str, list[float]] = {}
         self.references: list[float] = []
@@ -136,18 +136,19 @@ class Steps:
             self.taken = json.loads(path.read_text(encoding="utf-8"))
         self.were_read = bool(self.taken)
 
-    def measure(self, plans: list[Plan], *, round_number: int) -> None:
-        """Goes through the plans once; the steps of one are minutes apart from those of its other rounds."""
-        for plan in plans:
-            name = _name(plan)
-            if len(self.taken.get(name, ())) >= round_number * self.repeats:
-                continue
-            if name not in self.trainings:
-                self.trainings[name] = Training(plan)
-            self.references.append(reference_seconds())
-            self.taken.setdefault(name, []).extend(self.trainings[name].seconds(self.repeats))
-            if self.path is not None:
-                self.path.write_text(json.dumps(self.taken, indent=1), encoding="utf-8")
+    def measure(self, plans: list[Plan], *, until: int) -> None:
+        """Goes through the plans, one step of each, until each has taken so many."""
+        for number in range(1, 1 + until):
+            for plan in plans:
+                name = _name(plan)
+                if len(self.taken.get(name, ())) >= number:
+                    continue
+                if name not in self.trainings:
+                    self.trainings[name] = Training(plan)
+                self.references.append(reference_seconds())
+                self.taken.setdefault(name, []).append(self.trainings[name].seconds())
+                if self.path is not None:
+                    self.path.write_text(json.dumps(self.taken, indent=1), encoding="utf-8")
 
     def of(self, plan: Plan) -> float:
         """The median seconds of a step."""
@@ -202,7 +203,7 @@ def main() -> int:
     args = parser.parse_args()
     platforms = [load_platform(name) for name in args.platform or ()]
     rounds = 1 if args.quick else 2
-    steps = Steps(args.steps, repeats=3)
+    steps = Steps(args.steps)
     plans: list[Plan] = []
     for round_number in range(1, 1 + rounds):
         if not args.platform:
@@ -213,7 +214,7 @@ def main() -> int:
             chosen = choose_plan(
                 MODEL, platforms[0], NUM_DEVICES, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, dtype=DTYPE
             ).plan
-        steps.measure([*plans, chosen], round_number=round_number)
+        steps.measure([*plans, chosen], until=STEPS * round_number)
 
     def row(plan: Plan) -> tuple[float, float]:
         predicted = statistics.geometric_mean(
