@@ -210,5 +210,5 @@ def _there_and_back(platform: Platform, shape: Shape, cell: Layer, way: Variant)
     )
     ffn = MoEFFN(num_experts=cell.num_experts, experts_per_token=cell.experts_per_token, d_ff=cell.d_model)
     later = later_passes(platform, share, ffn, imbalance=1.0)
-    seconds, _ = later.beside(2 * one_way, 0.0, repeats=0, chunks=way.chunks)
+    seconds, _ = later.beside(2 * one_way, 0.0, there=0.0, again=0.0, chunks=way.chunks)
     return seconds

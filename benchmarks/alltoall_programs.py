@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from benchmarks.alltoall_cells import ITEM_BYTES, Cell, Layer, NodeExchange, Overlap, Variant
 from meshes.axes import EXPERT
+from models.moe import weigh
 from piperjax.runtime.all_to_all import ALL_TO_ALLS
 from piperjax.runtime.backend import compiler_options
 from piperjax.runtime.dispatch import make_experts
@@ -67,9 +68,9 @@ def _repeated(move: Callable, rounds: int, mesh: Mesh) -> Callable:
 # --- layers of experts -----------------------------------------------------------------------------------------
 
 
-def ffn(rows, sizes, w_in, w_out):
-    """Per device: two products around a nonlinearity, rows [R, D] grouped by expert."""
-    return grouped_matmul(jnp.tanh(grouped_matmul(rows, w_in, sizes)), w_out, sizes)
+def ffn(rows, sizes, gates, w_in, w_out):
+    """Per device: two products around a nonlinearity, rows [R, D] grouped by expert, weighed by gates [R]."""
+    return grouped_matmul(weigh(jnp.tanh(grouped_matmul(rows, w_in, sizes)), gates), w_out, sizes)
 
 
 def untouched(rows, *_, **__):
@@ -164,9 +165,10 @@ def _products(cell: Overlap, mesh: Mesh, arguments: tuple[jax.Array, ...]) -> Pr
     sizes = np.bincount(_routing(cell, mesh).reshape(-1), minlength=cell.num_experts).astype(np.int32)
 
     def per_device(rows, sizes, w_in, w_out):
+        gates = rows[:, 0]  # Any will do.
         if "backward" not in cell.passes:
-            return ffn(rows, sizes, w_in, w_out)
-        y, pull = jax.vjp(lambda *args: ffn(args[0], sizes, *args[1:]), rows, w_in, w_out)
+            return ffn(rows, sizes, gates, w_in, w_out)
+        y, pull = jax.vjp(lambda rows, *others: ffn(rows, sizes, *others), rows, gates, w_in, w_out)
         return pull(y)
 
     x, _, _, w_in, w_out = arguments

@@ -13,6 +13,7 @@ import numpy as np
 
 from meshes.axes import BATCH, EXPERT
 from meshes.mesh import build_mesh
+from models.moe import weigh
 from piperjax.runtime import permute
 from piperjax.runtime.varying import vary
 
@@ -65,8 +66,8 @@ class Case:
         def per_device(x, gates, w, ids):
             w = vary(w, BATCH)
 
-            def expert_ffn(rows, sizes):
-                return jnp.tanh(multiply(rows, w, sizes))
+            def expert_ffn(rows, sizes, gates):
+                return weigh(jnp.tanh(multiply(rows, w, sizes)), gates)
 
             y, dropped = experts(expert_ffn, x, ids, gates, self.E)
             return y, dropped[None]

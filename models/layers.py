@@ -9,7 +9,7 @@ from flax import nnx
 
 from models.config import DenseFFN
 
-ExpertFFN = Callable[[jax.Array, jax.Array], jax.Array]
+ExpertFFN = Callable[..., jax.Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,9 @@ class LayerContext:
       router_bias: [E] float32, the balancing bias of this layer.
       experts: (expert_ffn, x [T, D], expert_ids [T, k] int32, gates [T, k], num_experts)
         -> (y [T, D], overflow): sends tokens to their experts, adds up what comes back weighted by the gates,
-        and says how many of the T * k rows found no room at first. `expert_ffn(rows [R, D], group_sizes [G] int32)
-        -> [R, D]` applies G experts to contiguous groups of rows; rows past sum(group_sizes) mean nothing.
+        and says how many of the T * k rows found no room at first. `expert_ffn(rows [R, D], group_sizes [G] int32,
+        gates [R] or None) -> [R, D]` applies G experts to contiguous groups of rows, and weighs their results where
+        gates are given; rows past sum(group_sizes) mean nothing.
       grouped_matmul: (x [R, D], w [G, D, F], group_sizes [G] int32) -> [R, F].
       all_sum: sums an array over the devices that share the microbatch.
       num_shards: number of those devices.

@@ -86,6 +86,32 @@ def _chosen(expert_ids: jax.Array, num_experts: int) -> jax.Array:
     return expert_ids[:, :, None] == jnp.arange(num_experts, dtype=expert_ids.dtype)[None, None, :]
 
 
+@jax.custom_vjp
+def weigh(rows: jax.Array, gates: jax.Array) -> jax.Array:
+    """Rows [R, F] times gates [R], multiplied in at least float32; [R, F] in the dtype of rows."""
+    return _weighed(rows, gates)
+
+
+def _weighed(rows, gates):
+    wide = _wide(rows, gates)
+    return (gates[:, None].astype(wide) * rows.astype(wide)).astype(rows.dtype)
+
+
+def _weigh_backward(saved, dy):
+    rows, gates = saved
+    wide = _wide(rows, gates)
+    # As a matrix product, which XLA:CPU does four times faster than a product and a sum over the last dimension.
+    dgates = jnp.einsum("rf,rf->r", rows.astype(wide), dy.astype(wide), precision="highest")
+    return _weighed(dy, gates), dgates.astype(gates.dtype)
+
+
+weigh.defvjp(lambda rows, gates: (_weighed(rows, gates), (rows, gates)), _weigh_backward)
+
+
+def _wide(rows: jax.Array, gates: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(jnp.promote_types(rows.dtype, gates.dtype), jnp.float32)
+
+
 class Experts(nnx.Module):
     """Routed experts, each a small FeedForward; weights [E, D, F] and [E, F, D], or the share of a device."""
 
@@ -97,10 +123,22 @@ class Experts(nnx.Module):
             self.up = parameter(ffn.num_experts, d_model, ffn.d_ff)
         self.down = parameter(ffn.num_experts, ffn.d_ff, d_model)
 
-    def __call__(self, rows: jax.Array, group_sizes: jax.Array, context: LayerContext) -> jax.Array:
-        """Applies expert g to the g-th contiguous group of rows: [R, D], [G] -> [R, D]."""
+    def __call__(
+        self,
+        rows: jax.Array,
+        group_sizes: jax.Array,
+        context: LayerContext,
+        gates: jax.Array | None = None,
+    ) -> jax.Array:
+        """Applies expert g to the g-th contiguous group of rows: [R, D], [G] -> [R, D], times gates [R] if given.
+
+        Hidden rows are weighed, which is the same: gradients of gates then need no result of the second matrix, so that
+        nothing keeps it or makes it again.
+        """
         first = self.gate_up if self.num_matrices == 3 else self.up
         hidden = activate(context.grouped_matmul(rows, first[...], group_sizes), self.num_matrices)
+        if gates is not None:
+            hidden = weigh(hidden, gates)
         return context.grouped_matmul(hidden, self.down[...], group_sizes)
 
 
@@ -130,8 +168,8 @@ class MixtureOfExperts(nnx.Module):
         load = jnp.sum(_chosen(expert_ids, E), axis=(0, 1), dtype=jnp.float32)
         aux = balance_loss(logits, load, k=k, router=router, context=context)
 
-        def expert_ffn(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-            return self.experts(rows, group_sizes, context)
+        def expert_ffn(rows: jax.Array, group_sizes: jax.Array, gates: jax.Array | None = None) -> jax.Array:
+            return self.experts(rows, group_sizes, context, gates)
 
         routed, overflow = context.experts(expert_ffn, tokens, expert_ids, gates, E)
         y = routed.astype(x.dtype).reshape(B, S, D) + self._shared_experts(x)

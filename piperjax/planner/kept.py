@@ -142,14 +142,11 @@ def kept_bytes(d_model: int, layer: LayerConfig, share: Share, memory_mode: str)
 
 
 def _named(D: int, ffn: MoEFFN, share: Share) -> int:
-    """Rows as experts receive and return them, and how many came from each device for each expert.
-
-    Of rows that came once, no results: these are summed before they return.
-    """
+    """Rows as experts receive them with their gates, and how many came from each device for each expert."""
     if share.deduplicates:
         return _arrived(D, ffn, share)
     counts = INDEX * ffn.num_experts * share.dispatch_chunks if share.expert > 1 else 0
-    return 2 * share.rows(ffn) * D * share.itemsize + counts
+    return share.rows(ffn) * (D * share.itemsize + share.wide) + counts
 
 
 def _arrived(D: int, ffn: MoEFFN, share: Share) -> int:
@@ -179,7 +176,7 @@ def _message_words(D: int, ffn: MoEFFN, share: Share, *, ids: bool = True) -> in
 
 
 def _products(D: int, layer: LayerConfig, share: Share) -> int:
-    """Results of projections, of the router and of expert products; indices of sorted rows; what travelled.
+    """Results of projections, of the router and of experts' first products; indices of sorted rows; what travelled.
 
     Of attention in blocks also the result and the logarithms of its normalisers.
     """
@@ -192,7 +189,7 @@ def _products(D: int, layer: LayerConfig, share: Share) -> int:
     first, k, E = ffn.num_matrices - 1, ffn.experts_per_token, ffn.num_experts
     router = T * E * share.wide + T * k * INDEX + (E * share.wide if ffn.router.balance == "aux_loss" else 0)
     R, chunks = share.rows(ffn), share.dispatch_chunks
-    rows = R * w * (D + first * ffn.d_ff)
+    rows = R * w * first * ffn.d_ff
     if share.deduplicates:
         # Messages as they came, at a device, and at a node that chooses among them.
         of = share.buffers(ffn)
@@ -200,11 +197,11 @@ def _products(D: int, layer: LayerConfig, share: Share) -> int:
     else:
         router += T * k * INDEX
         if share.expert > 1:
-            router += chunks * E * INDEX + (T * k * INDEX if share.buffers(ffn).may_overflow else 0)
-            # The barrier between chunks holds one more of what arrived.
-            rows += R * w * D + (R // chunks * w * D if chunks > 1 else 0)
-        if share.dispatch == "halo3":  # It is a unit with its own gradient, out of which nothing is kept.
-            rows, router = rows - R * w * D, router - chunks * E * INDEX
+            router += (R + chunks * E) * share.wide + (
+                T * k * INDEX if share.buffers(ffn).may_overflow else 0
+            )
+            # Barriers between chunks hold what has arrived once more, but the first and the last less often.
+            rows += R // chunks * w * D * (chunks + max(0, 2 * chunks - 3))
     beside = first * (ffn.shared_d_ff + ffn.dense_residual_d_ff)
     if ffn.shared_gate == "sigmoid":
         beside += D + 1
@@ -224,23 +221,21 @@ def _stash(D: int, layer: LayerConfig, share: Share) -> int:
     if ffn.dense_residual_d_ff:
         beside += T * (2 * D * W + 2 * W + D * w)
     R, k = share.rows(ffn), ffn.experts_per_token
-    rows = R * w * (D + 6 * ffn.d_ff) + INDEX * ffn.num_experts // share.expert * share.dispatch_chunks
+    rows = R * (w * (D + 7 * ffn.d_ff) + W) + INDEX * ffn.num_experts // share.expert * share.dispatch_chunks
     if share.deduplicates:
-        rows += 5 * R + _sums_stash(D, ffn, share)
+        rows += 5 * R + _sums_stash(ffn, share)
         returned = -T * k * W
     else:
         rows += 15 * R if share.expert > 1 else INDEX * R
-        returned = T * k * (D * w + INDEX + share.buffers(ffn).may_overflow)
+        returned = T * k * (INDEX - W + share.buffers(ffn).may_overflow)
     later = T * k * (INDEX + W) if share.makes_passes(ffn) else 0  # Which copies wait, and their gates.
     return norms + attention + beside + rows + returned + later + _router_stash(ffn, share)
 
 
-def _sums_stash(D: int, ffn: MoEFFN, share: Share) -> int:
+def _sums_stash(ffn: MoEFFN, share: Share) -> int:
     """What sums of the results of a device, and of a node, need for their gradients."""
     rows, k, here = share.buffers(ffn), ffn.experts_per_token, ffn.num_experts // share.expert
-    slots = min(k, here)
-    sums = rows.experts * D * share.itemsize
-    sums += rows.arrived * (2 * slots * INDEX + (k * here + here if here <= k else k))
+    sums = rows.arrived * (min(k, here) * INDEX + (k * here + here if here <= k else k))
     if not share.capacity_factor:
         return sums
     local = share.expert // share.nodes
@@ -298,8 +293,10 @@ def tap_bytes(d_model: int, layer: LayerConfig, share: Share, memory_mode: str) 
     first, R, chunks = ffn.num_matrices - 1, share.rows(ffn), share.dispatch_chunks
     inputs, indices = _inputs_by_products(D, ffn, share) if by_products else (R * D, 0)
     counts = INDEX * ffn.num_experts // share.expert * chunks + INDEX * indices
-    factors = 2 if memory_mode == "products" or (memory_mode == "named" and not share.deduplicates) else 1
-    rows = w * (R * (factors + first) * ffn.d_ff + R * D + inputs)
+    rows = w * (R * (1 + first) * ffn.d_ff + R * D + inputs)
+    # Hidden rows are those before they are weighed, with their gates; of other chunks, weighed ones.
+    if memory_mode != "stash":
+        rows += (R // chunks if memory_mode in ("stage", "layer") else R) * share.wide
     beside = 0
     if ffn.shared_d_ff:
         gated = ffn.shared_gate == "sigmoid" and not by_products
@@ -316,15 +313,13 @@ def tap_bytes(d_model: int, layer: LayerConfig, share: Share, memory_mode: str) 
 
 def _inputs_by_products(D: int, ffn: MoEFFN, share: Share) -> tuple[int, int]:
     """Elements from which a weight gradient makes the inputs of experts, and indices for that."""
-    T, of, chunks = share.tokens, share.buffers(ffn), share.dispatch_chunks
+    T, of = share.tokens, share.buffers(ffn)
     R = of.experts
     if share.expert == 1:
         return T * D, R
     if share.deduplicates:
         return of.arrived * _message_words(D, ffn, share), R
-    if share.dispatch == "halo3":
-        return T * D, 2 * R
-    return (R * D, R) if chunks == 1 else ((T + R + R // chunks) * D, R + R // chunks)
+    return R * D, R
 
 
 def _ffn_taps(d_model: int, d_ff: int, num_matrices: int, hidden: int) -> int:

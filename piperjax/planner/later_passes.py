@@ -35,18 +35,21 @@ class LaterPasses(NamedTuple):
     waiting_fraction: float = 0.0
     agreement: float = 0.0
 
-    def beside(self, once: float, back: float, *, repeats: int, chunks: int) -> tuple[float, float]:
+    def beside(
+        self, once: float, back: float, *, there: float, again: float, chunks: int
+    ) -> tuple[float, float]:
         """Seconds of exchanges of forward and of backward with these passes, each of one of the chunks.
 
         Args:
           once: of the first pass there and back, all chunks.
           back: of its gradients.
-          repeats: how often backward repeats those of forward; of later passes it always does.
+          there: of the way there alone, which backward repeats for later passes.
+          again: of what backward repeats for the first.
           chunks: of the first pass.
         """
         agreement = (1 + self.number) * self.agreement
         forward = once + self.number * once / chunks + agreement
-        return forward, back + repeats * (once + agreement) + self.number * (once + back) / chunks + agreement
+        return forward, back + again + self.number * (there + back) / chunks + agreement
 
 
 def later_passes(platform: Platform, share: Share, ffn: MoEFFN, imbalance: float) -> LaterPasses:

@@ -2,35 +2,33 @@
 
 Backward computes two products for every product of forward, and before them what the memory mode did not keep
 (`runtime/passes.py`). A layer with experts exchanges rows with the devices that share them: 2 all-to-alls forward, and
-backward 2, or 4 where it repeats those of forward, or 6 where whole stages are run again.
+backward 2, or 3 where it needs what experts received again, or 5 where whole stages are run again. Implementations that
+weigh what experts return repeat 2 instead of 1.
 """
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from meshes.platform import Device, Platform
 from models.config import DenseFFN, LayerConfig, ModelConfig, MoEFFN
 from models.query_blocks import is_in_blocks
 from piperjax.planner.kept import Share, kept_bytes, tap_bytes
 from piperjax.planner.later_passes import LaterPasses, later_passes
+from piperjax.planner.layer_exchanges import Exchanges, static_exchanges
 from piperjax.planner.network import (
     Group,
     Rows,
-    Stages,
     all_gather,
-    dispatch_stages,
     dispatch_transfer,
 )
 from piperjax.planner.row_blocks import wasted_rows
 from piperjax.planner.work import FLOAT32_BYTES, GRADIENT_BYTES, LayerWork, Product, layer_work
 
-# Part of what an exchange beside products could save that is saved, apart from what it takes from them
-# (`Device.interference_fraction`). The program makes it possible (benchmarks/overlap.py). Measured on MI300X with copy
-# engines, which leave compute units alone: 0.72 of the ideal on average (arXiv 2412.14335).
-HIDDEN_FRACTION = 0.7
 # Bytes per element that are read and written to bring an operand into 8 bits: from 16, for two layouts.
 CAST_BYTES = 2 + 1 + 1
+# What experts return.
+DOWN = "experts down"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +143,7 @@ def price_layer(
         buffer=buffer,
         itemsize=itemsize,
     )
-    sums = share is not None and share.deduplicates
+    weighs = share is not None
     wasted, empty = 0.0, 0.0
     if buffer is not None and device.concurrent_devices is not None:  # A CPU multiplies in blocks.
         wasted = wasted_rows(buffer.experts // dispatch_chunks, ffn.num_experts // expert)
@@ -157,7 +155,7 @@ def price_layer(
         base,
         seq_len,
         dispatch_chunks,
-        sums,
+        weighs,
         wasted,
         empty,
         gradient_bytes=GRADIENT_BYTES[gradient_dtype],
@@ -174,7 +172,6 @@ def price_layer(
     if isinstance(ffn, MoEFFN) and expert > 1:
         exchange = dict(
             expert_factors=expert_factors,
-            tokens=tokens,
             row_bytes=row_bytes,
             num_experts=ffn.num_experts,
             experts_per_token=ffn.experts_per_token,
@@ -182,46 +179,26 @@ def price_layer(
             capacity_factor=capacity_factor,
         )
         if rows == "static":
-            exchange["tokens"] = tokens / dispatch_chunks
-            stages = dispatch_stages(platform, **exchange)
-            once, back = (
-                exposed_seconds(platform, stages, dispatch_chunks, seconds)
-                for seconds in (pricing.experts_forward, pricing.experts_input_gradient)
+            found = static_exchanges(
+                platform,
+                chunks=dispatch_chunks,
+                forward=pricing.experts_forward,
+                backward=pricing.experts_input_gradient,
+                tokens=tokens / dispatch_chunks,
+                **exchange,
             )
         else:
-            exchange |= dict(rows=rows, imbalance=imbalance, chunks=dispatch_chunks)
+            exchange |= dict(tokens=tokens, rows=rows, imbalance=imbalance, chunks=dispatch_chunks)
             exchange |= dict(num_groups=ffn.router.num_groups, groups_per_token=ffn.router.groups_per_token)
-            once = back = 2 * dispatch_transfer(platform, **exchange).seconds
-        forward, backward = later.beside(once, back, repeats=_repeats(memory_mode), chunks=dispatch_chunks)
+            both = 2 * dispatch_transfer(platform, **exchange).seconds
+            found = Exchanges(both, both, both)  # Others weigh what experts return: they need it again.
+        forward, backward = later.beside(
+            found.once, found.back, there=found.there, again=found.again(memory_mode), chunks=dispatch_chunks
+        )
     if tensor > 1:
         one_way = _parts(ffn) * all_gather(platform, Group(tensor), tokens * tensor * row_bytes).seconds
         forward, backward = forward + 2 * one_way, backward + 3 * one_way
     return LayerSeconds(**compute, exchange_forward=forward, exchange_backward=backward)
-
-
-def exposed_seconds(platform: Platform, stages: Stages, chunks: int, experts_seconds: float) -> float:
-    """Seconds that the exchanges of one pass of one layer add to those of its experts.
-
-    One chunk is sent while the one before is at its experts and the one before that is collected: in each of chunks + 2
-    steps the longer of wire and experts counts (`runtime/dispatch_chunks.py`). But the wire slows the experts down
-    (`Device.beside_seconds`), and not all of what is left to hide is hidden (`HIDDEN_FRACTION`).
-    """
-    wire, inside = float(stages.beside.seconds), 2 * float(stages.inside.seconds)
-    work = inside + experts_seconds / chunks
-    alone = chunks * (2 * wire + inside)
-    if chunks == 1:
-        return alone
-    saved = sum(
-        saved_seconds(platform, wire * ((step < chunks) + (step >= 2)), work * (1 <= step <= chunks))
-        for step in range(chunks + 2)
-    )
-    return float(alone - saved)
-
-
-def saved_seconds(platform: Platform, exchange: Any, computation: Any) -> Any:
-    """Seconds that an exchange and computation side by side take less than one after the other; or arrays."""
-    together = platform.device.beside_seconds(exchange, computation)
-    return HIDDEN_FRACTION * (exchange + computation - together)
 
 
 def _parts(ffn: DenseFFN | MoEFFN) -> int:
@@ -230,11 +207,6 @@ def _parts(ffn: DenseFFN | MoEFFN) -> int:
     Backward it is the reverse, and a gather for gradients of weights (Korthikanti et al., arXiv:2205.05198, 4.2.2).
     """
     return 1 + (not isinstance(ffn, MoEFFN) or bool(ffn.shared_d_ff or ffn.dense_residual_d_ff))
-
-
-def _repeats(memory_mode: str) -> int:
-    """How often backward repeats the all-to-alls of forward."""
-    return {"stage": 2, "layer": 1}.get(memory_mode, 0)
 
 
 class Held(NamedTuple):
@@ -257,10 +229,10 @@ class Held(NamedTuple):
 class _Pricing:
     """The work of a layer on a device, for products in `dtype` and everything else in `base`.
 
-    Experts work on `chunks` of the rows, one after the other, and results are summed before they return, or not. Beside
-    the rows of an expert in a chunk, `wasted` ones are multiplied that fill its last block, and zeros are written to
-    places of a buffer that no row is in, `empty` bytes for every feature. Gradients are added up in elements of
-    `gradient_bytes`.
+    Experts work on `chunks` of the rows, one after the other, and weigh them by their gates, as our executor's do, or
+    return them as they are. Beside the rows of an expert in a chunk, `wasted` ones are multiplied that fill its last
+    block, and zeros are written to places of a buffer that no row is in, `empty` bytes for every feature. Gradients are
+    added up in elements of `gradient_bytes`.
     """
 
     device: Device
@@ -269,7 +241,7 @@ class _Pricing:
     base: str
     seq_len: int
     chunks: int = 1
-    sums: bool = False
+    weighs: bool = False
     wasted: float = 0.0
     empty: float = 0.0
     gradient_bytes: int = FLOAT32_BYTES
@@ -278,6 +250,11 @@ class _Pricing:
     def experts_forward(self) -> float:
         """Seconds of the products of routed experts, forward."""
         return sum(self._product(p) for p in self.work.products if p.groups)
+
+    @property
+    def experts_again(self) -> float:
+        """Those of them that a backward which starts from rows repeats."""
+        return sum(self._product(p) for p in self.work.products if p.groups and p.name != DOWN)
 
     @property
     def experts_input_gradient(self) -> float:
@@ -336,7 +313,7 @@ class _Pricing:
         )
         # Gradients of weights are written, and added to those of other passes.
         added = self._stream(4 * weights, 4)
-        again = later.number * forward + later.waiting_fraction * self.experts_forward
+        again = later.number * forward + later.waiting_fraction * self.experts_again
         more = {
             "forward": later.number * forward,
             "backward": again + later.number * (inputs + added),
@@ -348,15 +325,16 @@ class _Pricing:
 
     def _recomputed(self, memory_mode: str) -> dict[str, float]:
         everything, nothing = (lambda _: True), (lambda _: False)
+
+        def is_needed(p: Product) -> bool:
+            # What experts return is for the gradients of gates, unless hidden rows were weighed.
+            return not p.is_last and not (self.weighs and p.name == DOWN)
+
         needed = {
-            "stage": (lambda p: not p.is_last, 1.0, everything),
-            "layer": (lambda p: not p.is_last, 1.0, everything),
-            # Rows are kept as experts receive and, unless summed before they return, as they return them.
-            "named": (
-                lambda p: not p.is_last and (self.sums or p.name != "experts down"),
-                1.0,
-                lambda s: not s.is_sent,
-            ),
+            "stage": (is_needed, 1.0, everything),
+            "layer": (is_needed, 1.0, everything),
+            # Rows are kept as experts receive them and, if gradients need that, as they return them.
+            "named": (lambda p: not p.is_last and p.name != DOWN, 1.0, lambda s: not s.is_sent),
             # Of attention in blocks, what its backward needs is kept.
             "products": (nothing, 0.0 if is_in_blocks(self.seq_len) else 1.0, everything),
             "stash": (nothing, 0.0, nothing),

@@ -312,12 +312,13 @@ def _largest_phase(
 def _hidden_of_forward(layer: LayerConfig, layout: Layout, compiler: Backend) -> float:
     """Bytes between experts' matrices that a forward beside a backward has, other than what it keeps.
 
-    Barriers keep both passes from their experts at a time; on CPU there are none. There, what is converted counts more.
+    Barriers keep both passes from their experts at a time; on CPU there are none. There, what is converted counts more
+    where passes run again, and where they do not, it is these rows that are as narrow as they are kept.
     """
-    keeps = layout.memory_mode not in ("layer", "named")
-    if not compiler.widens or compiler.is_widened or keeps or not isinstance(layer.ffn, MoEFFN):
+    share, runs_again = compiler.share, layout.memory_mode in ("layer", "named")
+    if not compiler.widens or not isinstance(layer.ffn, MoEFFN) or runs_again == compiler.is_widened:
         return 0.0
-    return compiler.share.rows(layer.ffn) * compiler.itemsize * (layer.ffn.num_matrices - 1) * layer.ffn.d_ff
+    return share.rows(layer.ffn) * share.itemsize * (layer.ffn.num_matrices - 1) * layer.ffn.d_ff
 
 
 class _OfLayer(NamedTuple):

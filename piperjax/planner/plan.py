@@ -38,8 +38,8 @@ class Plan:
       batch_size: sequences per step over all devices.
       seq_len: tokens per sequence.
       memory_mode: what a forward keeps for its backward: the input of the "stage" only, the input of every
-        "layer", also what expert dispatch sends and returns ("named"), the results of all matrix products but
-        those inside attention, and of attention in blocks its result ("products"), or every intermediate result
+        "layer", also what dispatch brings to the experts ("named"), the results of all matrix products but those
+        inside attention, and of attention in blocks its result ("products"), or every intermediate result
         ("stash").
       dispatch: name of the dispatcher.
       dispatch_chunks: parts in which the tokens of a microbatch travel to their experts, so that one is on its way

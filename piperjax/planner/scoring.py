@@ -27,7 +27,7 @@ from piperjax.planner.candidates import (
 )
 from piperjax.planner.cells import Cell, groups, layers_by_flop, memory_backend
 from piperjax.planner.dispatchers import Way
-from piperjax.planner.layer_time import saved_seconds
+from piperjax.planner.layer_exchanges import saved_seconds
 from piperjax.planner.memory import Layout, RankMemory, estimate_memory, is_straight, rank_memory
 from piperjax.planner.plan import MEMORY_MODES, RECOMPUTING_MODES, Plan
 from piperjax.planner.shared_cores import fresh_seconds

@@ -10,8 +10,9 @@ from piperjax.planner.plan import Plan
 
 # Outermost last: the device itself, others of its node, other nodes of its group, other groups.
 LEVELS = ("self", "local", "node", "group")
-# How often rows go to their experts and back in a forward, and again in the recomputation of a backward.
-TIMES_FORWARD = {"stage": 3, "layer": 2}
+# How often rows go to their experts in a forward, and again in the recomputation of a backward; and how often results
+# return: a backward does not need them.
+TIMES_THERE, TIMES_BACK = {"stage": 3, "layer": 2}, {"stage": 2}
 
 
 def dispatch_bytes(model: ModelConfig, plan: Plan, *, dtype: str = "bfloat16") -> Mapping[str, float]:
@@ -35,12 +36,12 @@ def dispatch_bytes(model: ModelConfig, plan: Plan, *, dtype: str = "bfloat16") -
 def _layer_bytes(D: int, ffn: MoEFFN, plan: Plan, share: Share) -> dict[str, float]:
     """Bytes of all passes of one layer and microbatch."""
     way, rows = named(plan.dispatch), share.buffers(ffn)
-    forward = TIMES_FORWARD.get(plan.memory_mode, 1)
+    sent, returned = (times.get(plan.memory_mode, 1) for times in (TIMES_THERE, TIMES_BACK))
     row, there, back = (D * share.itemsize,) * 3
     if way.deduplicates:
         there, back = (message_bytes(D, ffn, share, ids=ids) for ids in (True, False))
     # Results return as rows. Backward sends their gradients there, and those of rows and gates back.
-    each = forward * (there + row) + row + back
+    each = sent * there + returned * row + row + back
     group, node, local = plan.expert_factors
     # In one node, or with one device in each, the phases of copies are a flat exchange.
     if way.algorithm == "flat" or (not way.deduplicates and min(group * node, local) == 1):

@@ -15,7 +15,8 @@ import numpy as np
 from meshes.platform import Platform
 from models import cost
 from models.config import ModelConfig, MoEFFN
-from piperjax.planner.layer_time import LayerSeconds, layer_seconds, saved_seconds
+from piperjax.planner.layer_exchanges import saved_seconds
+from piperjax.planner.layer_time import LayerSeconds, layer_seconds
 from piperjax.planner.memory import estimate_memory
 from piperjax.planner.network import Rows, all_reduce, axis_group, dispatch_transfer, permute
 from piperjax.planner.plan import Plan

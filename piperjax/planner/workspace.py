@@ -149,15 +149,16 @@ def _rows_and_hidden(
     R, once = share.rows(ffn), 0
     read = _read_where_kept(up, memory_mode)
     if share.deduplicates and memory_mode in RECOMPUTING_MODES:
-        # Of one chunk, messages as they arrived, and rows of gradients before they are weighed by their gates: those of
-        # the gates are made from them.
-        once = R * d_model * w + share.buffers(ffn).arrived * message_bytes(d_model, ffn, share)
-        once //= share.dispatch_chunks
+        # Of one chunk, messages as they arrived.
+        once = share.buffers(ffn).arrived * message_bytes(d_model, ffn, share) // share.dispatch_chunks
+    if memory_mode == "named" and share.expert > 1 and not share.deduplicates:
+        # What arrived, as it was kept, beside the same grouped by expert.
+        once += R * d_model * share.itemsize
     if backend.is_widened:
-        # SwiGLU in float32; of GELU one factor, the others are rounded first.
-        widths = (up + 3) * w if up == 2 else w + 5 * share.itemsize
-        return R * d_model * (2 * w + 2 * share.itemsize) + once, R * (widths - read * w) * ffn.d_ff
-    return 4 * R * d_model * w + once, R * w * (up + 2 + up - read) * ffn.d_ff
+        # SwiGLU in float32; of GELU one factor, the others are rounded first. Weighed rows are rounded, too.
+        widths = (up + 3) * w + share.itemsize if up == 2 else w + 6 * share.itemsize
+        return R * d_model * (2 * w + share.itemsize) + once, R * (widths - read * w) * ffn.d_ff
+    return 3 * R * d_model * w + once, R * w * (up + 2 + up - read) * ffn.d_ff
 
 
 @lru_cache(maxsize=8192)

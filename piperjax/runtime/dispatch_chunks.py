@@ -89,12 +89,12 @@ class _Beside:
         self._expert_ffn, self._leaving, self._exchange = expert_ffn, leaving, exchange
         self.made: list = []
 
-    def __call__(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+    def __call__(self, rows: jax.Array, sizes: jax.Array, gates: jax.Array) -> jax.Array:
         """Calls the experts once, and makes what is exchanged."""
         if self._leaving:
             _hold(partial(_after, rows), self._leaving)
         self.made = self._exchange()
-        results = {0: self._expert_ffn(rows, sizes)}
+        results = {0: self._expert_ffn(rows, sizes, gates)}
         if self._leaving:
             _hold(_gradients_after_last, [*self.made, (results, 0)])
         return results[0]

@@ -2,6 +2,9 @@
 
     tokens [T, D] -spread-> [P C, D] -all-to-all-> [P C, D] -move-> grouped by expert -experts-> and all the way back
 
+Gates travel beside the rows, in the message that says how many there are, and experts weigh: what returns is only added
+up, so that backward needs none of it, and no recomputation sends it again.
+
 Dropless buffers hold the worst case, so that there is always room; with a capacity factor they hold that many times
 the balanced number of rows.
 """
@@ -13,34 +16,34 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from piperjax.runtime.all_to_all import ALL_TO_ALLS, AllToAll
-from piperjax.runtime.dispatcher import COMBINED, Dispatcher, ExpertFFN, Sharing
+from piperjax.runtime.dispatcher import Dispatcher, ExpertFFN, Sharing
 from piperjax.runtime.permute import (
     Exchange,
     Places,
-    combine_rows,
+    collect_rows,
     count_below,
     move_rows,
     order_by_group,
+    spread_gates,
     spread_rows,
     take,
 )
 
 
 class Arrived(NamedTuple):
-    """Per device: rows [P C, D] by sender, then expert, and how many each sender has for each expert [P, E/P]."""
+    """Per device: rows by sender, then expert.
+
+    Attributes:
+      rows: [P C, D].
+      gates: theirs [P C].
+      sizes: how many each sender has for each expert [P, E/P].
+    """
 
     rows: jax.Array
-    sizes: jax.Array
-
-
-class Sent(NamedTuple):
-    """Per device: gates [T, k], and where the copies of tokens are among what was sent."""
-
     gates: jax.Array
-    where: Places
+    sizes: jax.Array
 
 
 def dispatcher(algorithm: AllToAll) -> Dispatcher:
@@ -63,22 +66,26 @@ def dispatcher(algorithm: AllToAll) -> Dispatcher:
 def _send(algorithm: AllToAll, x: jax.Array, expert_ids: jax.Array, gates: jax.Array, sharing: Sharing):
     where, sizes = place_rows(expert_ids, sharing)
     rows = algorithm.move(spread_rows(x, where), sharing.axes)
-    sizes = algorithm.move(sizes, sharing.axes).reshape(sharing.num_devices, -1)
-    return Arrived(rows, sizes), Sent(gates, where)
+    # In one message: in float32 numbers are exact up to 2**24 rows, which is more than a device has room for.
+    wide = jnp.promote_types(gates.dtype, jnp.float32)
+    beside = (spread_gates(gates.astype(wide), where), sizes.astype(wide))
+    beside = jnp.concatenate([array.reshape(sharing.num_devices, -1) for array in beside], axis=1)
+    gates, sizes = jnp.split(algorithm.move(beside, sharing.axes), [row_capacity(sharing)], axis=1)
+    return Arrived(rows, gates.reshape(-1), sizes.astype(jnp.int32)), where
 
 
 def _work(expert_ffn: ExpertFFN, arrived: Arrived, sharing: Sharing) -> jax.Array:
     sizes = arrived.sizes.sum(0, dtype=jnp.int32)
     if sharing.num_devices == 1:
-        return expert_ffn(arrived.rows, sizes)
+        return expert_ffn(arrived.rows, sizes, arrived.gates)
     exchange = group_received(arrived.sizes, num_rows=arrived.rows.shape[0])
-    results = expert_ffn(move_rows(arrived.rows, exchange), sizes)
+    gates = move_rows(arrived.gates[:, None], exchange)[:, 0]
+    results = expert_ffn(move_rows(arrived.rows, exchange), sizes, gates)
     return move_rows(results, exchange.reversed())
 
 
-def _collect(algorithm: AllToAll, results: jax.Array, sent: Sent, sharing: Sharing):
-    results = checkpoint_name(algorithm.move(results, sharing.axes), COMBINED)
-    return combine_rows(results, sent.gates, sent.where)
+def _collect(algorithm: AllToAll, results: jax.Array, where: Places, sharing: Sharing):
+    return collect_rows(algorithm.move(results, sharing.axes), where)
 
 
 def most_rows(sharing: Sharing) -> int:

@@ -30,7 +30,7 @@ from piperjax.runtime.fan import fan_in, fan_out
 from piperjax.runtime.group_rows import group_by_expert
 from piperjax.runtime.journey import Journey, journeys
 from piperjax.runtime.message import Rows
-from piperjax.runtime.permute import combine_sparse_rows, spread_rows
+from piperjax.runtime.permute import collect_rows, spread_gates, spread_rows
 
 
 class Hops(NamedTuple):
@@ -114,8 +114,9 @@ def _work(expert_ffn: ExpertFFN, arrived: Rows, sharing: Sharing):
         num_groups=here,
         num_places=hops.num_copies(sharing),
     )
-    results = expert_ffn(spread_rows(rows.x, grouped.where), grouped.sizes)
-    return hops.back(combine_sparse_rows(results, grouped.gates, grouped.where), way, inside)
+    gates = spread_gates(grouped.gates, grouped.where)
+    results = expert_ffn(spread_rows(rows.x, grouped.where), grouped.sizes, gates)
+    return hops.back(collect_rows(results, grouped.where), way, inside)
 
 
 def _collect(to_nodes, results: jax.Array, way, sharing: Sharing):

@@ -65,12 +65,12 @@ def run_all(
     if room is None:
         return way.first(expert_ffn, x, expert_ids, gates), _overflow(room, x)
     absent = way.sharing.num_experts
-    expert_ffn, weights = _opened(way, expert_ffn, x)
+    expert_ffn, weights = _opened(way, expert_ffn, x, gates)
     later = _Later(way.dispatcher, way.sharing, expert_ffn, _who_agrees(way, x), splits)
     waiting = jnp.where(room, absent, expert_ids)
     y_later, x, gates, weights = _run_later(later, x, gates, weights, waiting)
     now = jnp.where(room, expert_ids, absent)
-    y = way.first(lambda rows, sizes: expert_ffn(rows, sizes, *weights), x, now, gates)
+    y = way.first(lambda *rows: expert_ffn(*rows, *weights), x, now, gates)
     return (y.astype(y_later.dtype) + y_later).astype(y.dtype), _overflow(room, x)
 
 
@@ -79,15 +79,18 @@ def _overflow(room: jax.Array | None, x: jax.Array) -> jax.Array:
     return vary_like(count, x)
 
 
-def _opened(way: Way, expert_ffn: ExpertFFN, x: jax.Array) -> tuple[Callable, list[jax.Array]]:
-    """The experts as a function of (rows, sizes, *weights), and their weights.
+def _opened(
+    way: Way, expert_ffn: ExpertFFN, x: jax.Array, gates: jax.Array
+) -> tuple[Callable, list[jax.Array]]:
+    """The experts as a function of (rows, sizes, gates, *weights), and their weights.
 
     Raises:
       ValueError: if weights are alike on devices whose tokens are not: their gradients would be added up in the loop.
     """
     rows = vary_like(jnp.zeros((way.dispatcher.num_rows(way.sharing), x.shape[1]), x.dtype), x)
     sizes = vary_like(jnp.zeros(way.sharing.experts_per_device, jnp.int32), x)
-    function, weights = jax.closure_convert(expert_ffn, rows, sizes)
+    of_rows = vary_like(jnp.zeros(len(rows), gates.dtype), x)
+    function, weights = jax.closure_convert(expert_ffn, rows, sizes, of_rows)
     missing = {axis for leaf in weights for axis in _varying(x) - _varying(leaf)}
     if missing:
         raise ValueError(
@@ -114,7 +117,7 @@ class _Later(NamedTuple):
     Attributes:
       dispatcher: moves the rows.
       sharing: of one chunk, as its buffers are used.
-      expert_ffn: (rows, sizes, *weights) -> results.
+      expert_ffn: (rows, sizes, gates, *weights) -> results.
       axes: along which devices agree on the number of passes.
       splits: whether backward makes the passes of weights apart.
     """
@@ -149,8 +152,8 @@ class _Later(NamedTuple):
         """One pass: y [T, D]."""
         arrived, sent = self.dispatcher.send(x, expert_ids, gates, self.sharing)
 
-        def expert_ffn(rows, sizes):
-            return self.expert_ffn(rows, sizes, *weights)
+        def expert_ffn(*rows):
+            return self.expert_ffn(*rows, *weights)
 
         results = self.dispatcher.work(expert_ffn, arrived, self.sharing)
         return self.dispatcher.collect(results, sent, self.sharing)

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 
-# What the memory mode "named" keeps: rows as they reach their experts, and as they come back.
-DISPATCHED, COMBINED = "dispatched", "combined"
+# What the memory mode "named" keeps: rows as they reach their experts.
+DISPATCHED = "dispatched"
 
-ExpertFFN = Callable[[jax.Array, jax.Array], jax.Array]
+# (rows [R, D], sizes [G] int32, gates [R]) -> [R, D]: expert g on the g-th group of rows, weighed by the gates.
+ExpertFFN = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True, kw_only=True)

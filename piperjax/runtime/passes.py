@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from models import transformer
 from models.block_attention import ATTENDED
 from models.layers import LayerContext
-from piperjax.runtime.dispatcher import COMBINED, DISPATCHED
+from piperjax.runtime.dispatcher import DISPATCHED
 from piperjax.runtime.program import Call, is_variable, trace
 from piperjax.runtime.varying import vary
 
@@ -67,8 +67,8 @@ _INPUTS_ONLY = jax.checkpoint_policies.nothing_saveable
 MEMORY_MODES = {
     "stage": MemoryMode(policy=_INPUTS_ONLY, by_stage=True),
     "layer": MemoryMode(policy=_INPUTS_ONLY),
-    # Backward then repeats no all-to-all: 4 per layer and step instead of 6.
-    "named": MemoryMode(policy=jax.checkpoint_policies.save_only_these_names(DISPATCHED, COMBINED)),
+    # Backward then repeats no all-to-all: 4 per layer and step instead of 5.
+    "named": MemoryMode(policy=jax.checkpoint_policies.save_only_these_names(DISPATCHED)),
     # Backward then repeats elementwise work only and, of sequences that are not in blocks, attention.
     "products": MemoryMode(policy=_is_product),
     "stash": MemoryMode(policy=None),

@@ -139,60 +139,23 @@ collect_rows.defvjp(
 
 
 @jax.custom_vjp
-def combine_rows(rows: jax.Array, gates: jax.Array, where: Places) -> jax.Array:
-    """Adds up the rows [R, D] of each token's copies, weighted by gates [T, k]: [T, D] in the dtype of rows.
-
-    Sums in the wider of both dtypes, at least float32. A copy without a place adds nothing.
-    """
-    return _weighted_sum(_take_slots(rows, where), gates)
+def spread_gates(gates: jax.Array, where: Places) -> jax.Array:
+    """The gate of the copy at every place, from those of all copies [T, k]: [R]."""
+    return _spread_gates(gates, where)
 
 
-def _weighted_sum(slots: list[jax.Array], gates: jax.Array) -> jax.Array:
-    wide = _wide(slots[0], gates)
-    terms = [gates[:, j, None].astype(wide) * slot.astype(wide) for j, slot in enumerate(slots)]
-    return sum(terms).astype(slots[0].dtype)
+def _spread_gates(gates, where):
+    return _fill(take(gates.reshape(-1), where.copies)[:, None], where.live)[:, 0]
 
 
-def _combine_forward(rows, gates, where):
-    # What the backward pass needs of the rows is T k of R: it keeps those, and reads them in order.
-    slots = _take_slots(rows, where)
-    return _weighted_sum(slots, gates), (slots, gates, where)
+def _spread_gates_backward(where, dgates):
+    of_copies = take(dgates, where.places)
+    if where.kept is not None:
+        of_copies = jnp.where(where.kept, of_copies, jnp.zeros((), of_copies.dtype))
+    return of_copies, None
 
 
-def _combine_backward(saved, dy):
-    slots, gates, where = saved
-    dy = dy.astype(_wide(slots[0], gates))
-    gate = take(gates.reshape(-1), where.copies)[:, None].astype(dy.dtype)
-    drows = (gate * take(dy, where.copies // gates.shape[1])).astype(slots[0].dtype)
-    # As matrix products, which XLA:CPU does four times faster than a product and a sum over the last dimension.
-    dgates = [jnp.einsum("td,td->t", slot.astype(dy.dtype), dy, precision="highest") for slot in slots]
-    return _clear(drows, where.live), jnp.stack(dgates, axis=1).astype(gates.dtype), None
-
-
-combine_rows.defvjp(_combine_forward, _combine_backward)
-
-
-@jax.custom_vjp
-def combine_sparse_rows(rows: jax.Array, gates: jax.Array, where: Places) -> jax.Array:
-    """`combine_rows` where most copies have no place: what is kept for backward are the R rows, not T k of them."""
-    return _weighted_sum(_take_slots(rows, where), gates)
-
-
-def _combine_sparse_backward(saved, dy):
-    rows, gates, where = saved
-    dy_rows = take(dy, where.copies // gates.shape[1]).astype(_wide(rows, gates))
-    gate = take(gates.reshape(-1), where.copies)[:, None].astype(dy_rows.dtype)
-    drows = _clear((gate * dy_rows).astype(rows.dtype), where.live)
-    of_places = jnp.einsum("rd,rd->r", rows.astype(dy_rows.dtype), dy_rows, precision="highest")
-    dgates = take(of_places, where.places).astype(gates.dtype)
-    dgates = dgates if where.kept is None else jnp.where(where.kept, dgates, jnp.zeros((), dgates.dtype))
-    return drows, dgates, None
-
-
-combine_sparse_rows.defvjp(
-    lambda rows, gates, where: (_weighted_sum(_take_slots(rows, where), gates), (rows, gates, where)),
-    _combine_sparse_backward,
-)
+spread_gates.defvjp(lambda gates, where: (_spread_gates(gates, where), where), _spread_gates_backward)
 
 
 class Exchange(NamedTuple):
@@ -247,7 +210,3 @@ def _clear(rows: jax.Array, live: jax.Array | None) -> jax.Array:
     if live is None:
         return rows
     return jnp.where(live[:, None], rows, jnp.asarray(DEAD_FILL or 0, rows.dtype))
-
-
-def _wide(rows: jax.Array, gates: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(jnp.promote_types(rows.dtype, gates.dtype), jnp.float32)

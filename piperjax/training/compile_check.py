@@ -179,7 +179,7 @@ def compare(
             "moments": _bytes(state.moments),
             "batch": _bytes(abstract_batch(executor)),
         },
-        predicted_flop=executed_flop(executor.config, plan),
+        predicted_flop=executed_flop(executor.config, plan, backend=backend),
         work=work_of(compiled, executor) if with_work else None,
     )
 

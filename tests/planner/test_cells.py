@@ -38,15 +38,12 @@ def test_more_is_kept_and_less_is_recomputed_mode_by_mode():
         [kept_bytes(question.model.d_model, layer, cell.share, mode) for layer in layers]
         for mode in MEMORY_MODES
     ]
-    # Results of experts on their own devices have dead places. "products" keeps them, "stash" what comes back of them.
-    assert np.all(np.diff(kept[:-1], axis=0) >= 0)
-    assert np.all(np.array(kept[-1]) >= kept[-3])
-    dense, experts = np.array(kept[-1]) - kept[-2]
-    results = cell.share.rows(question.model.layers[-1].ffn) * question.model.d_model * cell.share.itemsize
-    assert dense > 0 and experts > -results
+    assert np.all(np.diff(kept, axis=0) >= 0)
     backward = cell.layers[..., 1]
-    # Keeping everything computes nothing again, but reads all that it kept.
-    assert np.all(np.diff(backward[:-1], axis=0) <= 0)
+    stage, layer, named, products, stash = backward
+    assert np.all(stage > layer) and np.all(layer > products) and np.all(layer > stash)
+    # What "named" saves is exchanges, for the reading of what it kept.
+    assert np.all(named < 1.02 * layer)
     # Splitting a backward in two costs, never saves.
     assert np.all(backward <= (cell.layers[..., 2] + cell.layers[..., 3]) * (1 + 1e-9))
 

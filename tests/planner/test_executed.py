@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.cases import dense_model, make_plan
+from benchmarks.cases import dense_model, make_plan, moe_model
 from models import cost
 from piperjax.planner.executed import executed_flop
 
@@ -31,3 +31,21 @@ def test_attention_in_blocks_is_run_again_by_modes_that_run_layers_again():
     expected = 4 * (3 * (layer.total + layer.attention_scores) + layer.attention_scores) + 3 * 2 * 256 * 64
     assert flop["stash"] == flop["products"] == pytest.approx(8 * 2048 * expected)
     assert flop["layer"] > flop["products"] + 8 * 2048 * 4 * 2 * layer.attention_scores
+
+
+def test_what_experts_return_is_run_again_by_simulated_devices_only_and_for_all_chunks_but_the_last():
+    model = moe_model()
+    ffn = model.layers[-1].ffn
+
+    def plan(mode, chunks):
+        return make_plan(model, memory_mode=mode, expert=2, dispatch_chunks=chunks)
+
+    def flop(mode="layer", backend="cpu", chunks=1):
+        return executed_flop(model, plan(mode, chunks), backend=backend)
+
+    one = plan("layer", 1)
+    tokens = one.batch_size * one.seq_len / one.num_devices
+    down = tokens * len(model.moe_layers) * 2 * model.d_model * ffn.d_ff * ffn.experts_per_token
+    assert flop("layer") == flop("layer", "gpu") == flop("layer", "gpu", 4)
+    assert flop("layer", chunks=4) == pytest.approx(flop("layer") + 3 / 4 * down)
+    assert flop("named", chunks=4) == flop("named")

@@ -58,6 +58,10 @@ class EnoughError(Exception):
 
 # On four devices, two on each of two nodes.
 WAYS = [
+    dict(dispatch="flat", dispatch_chunks=4),
+    dict(dispatch="halo2_dedup", dispatch_chunks=4),
+    dict(dispatch="halo3"),
+    dict(dispatch="halo3", dispatch_chunks=2, capacity_factor=1.25),
     dict(dispatch="halo2"),
     dict(dispatch="halo2_dedup"),
     dict(dispatch="halo2_dedup", capacity_factor=1.0),

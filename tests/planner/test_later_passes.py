@@ -85,8 +85,11 @@ def test_rows_that_are_dropped_or_always_find_room_need_no_pass():
 def test_exchanges_are_those_of_every_pass():
     later = LaterPasses(number=0.5, waiting_fraction=0.1, agreement=0.25)
     # Forward: once, half of a pass of one of two chunks, and 1.5 questions whether there is one more.
-    assert later.beside(2.0, 4.0, repeats=1, chunks=2) == (2.0 + 0.5 + 0.375, 4.0 + 2.375 + 1.5 + 0.375)
-    assert LaterPasses().beside(2.0, 4.0, repeats=2, chunks=1) == (2.0, 8.0)
+    forward, backward = later.beside(2.0, 4.0, there=1.5, again=3.0, chunks=2)
+    assert forward == 2.0 + 0.5 + 0.375
+    # Backward: what is repeated, half of a pass of one chunk with its way there, and as many questions.
+    assert backward == 4.0 + 3.0 + (1.5 + 4.0) / 4 + 0.375
+    assert LaterPasses().beside(2.0, 4.0, there=1.0, again=2.0, chunks=1) == (2.0, 6.0)
 
 
 def test_devices_agree_before_every_pass_by_one_number():

@@ -1,14 +1,11 @@
 """Tests of piperjax/planner/layer_time.py: laws that hold at any rates, and one layer by hand."""
 
-import dataclasses
-
 import pytest
 
 from meshes.device import Attention, Device, Products
 from meshes.platform import Link, Platform, load_platform
 from models.presets import preset
-from piperjax.planner.layer_time import HIDDEN_FRACTION, LayerSeconds, exposed_seconds, layer_seconds
-from piperjax.planner.network import Stages, Transfer
+from piperjax.planner.layer_time import LayerSeconds, layer_seconds
 from piperjax.planner.plan import MEMORY_MODES
 
 
@@ -76,29 +73,15 @@ def test_products_run_attention_again_only_where_it_is_whole():
     assert attention("products", 2048) == attention("stash", 2048)
 
 
-@pytest.mark.parametrize(("mode", "times"), [("stage", 3), ("layer", 2), ("named", 1), ("stash", 1)])
-def test_exchanges_are_8_6_or_4(mode, times):
-    found = price(memory_mode=mode, expert_factors=(1, 2, 4))
-    assert found.exchange_forward > 0
-    assert found.exchange_backward == pytest.approx(times * found.exchange_forward)
-
-
-def test_chunks_travel_beside_experts():
-    platform = machine()
-    one = Stages(Transfer(seconds=1.0), Transfer(seconds=0.0))
-    # Four chunks: 1, 2, 2, 2, 2, 1 seconds, where 8 of experts and 8 of wire follow each other otherwise.
-    exposed = exposed_seconds(platform, one, 4, 8.0)
-    assert exposed == pytest.approx(8 - HIDDEN_FRACTION * (16 - 10))
-    assert exposed_seconds(platform, one, 1, 8.0) == 2
-    # What is inside of nodes comes with the experts: 1, 4, 4, 4, 4, 1.
-    inside = Stages(Transfer(seconds=1.0), Transfer(seconds=1.0))
-    assert exposed_seconds(platform, inside, 4, 8.0) == pytest.approx(16 - HIDDEN_FRACTION * (24 - 18))
-    # The wire takes a quarter of the experts' rate: 2 seconds beside 1 or 2 of wire become 2.25, or 2.5.
-    slowed = machine(interference_fraction=0.25)
-    exposed = exposed_seconds(slowed, one, 4, 8.0)
-    assert exposed == pytest.approx(8 - HIDDEN_FRACTION * (16 - (1 + 2.25 + 2.5 + 2.5 + 2.25 + 1)))
-    simulated = dataclasses.replace(platform, device=machine(concurrent_devices=2.0).device)
-    assert exposed_seconds(simulated, one, 4, 8.0) == 8
+@pytest.mark.parametrize(
+    ("mode", "ours", "others"), [("stage", 2.5, 3), ("layer", 1.5, 2), ("named", 1, 1), ("stash", 1, 1)]
+)
+def test_exchanges_are_7_5_or_4(mode, ours, others):
+    for rows, times in (("static", ours), ("exact", others)):
+        found = price(memory_mode=mode, expert_factors=(1, 2, 4), rows=rows)
+        assert found.exchange_forward > 0
+        # Gates are in a message of their own.
+        assert found.exchange_backward == pytest.approx(times * found.exchange_forward, rel=0.001)
 
 
 def test_chunks_pay_where_exchanges_are_long():
@@ -230,21 +213,22 @@ def test_later_passes_repeat_exchanges_and_go_through_their_buffers():
         return layer_seconds(preset("mixtral_8x7b"), layer, load_platform("frontier"), **options | changes)
 
     dropping, once = seconds(), seconds(overflow="passes")
-    # One pass is enough: devices agree on that, forward, again, and backward.
+    # One pass is enough: devices agree on that, forward and backward.
     assert dropping.exchange_forward < once.exchange_forward < 1.1 * dropping.exchange_forward
     agreement = once.exchange_forward - dropping.exchange_forward
-    assert once.exchange_backward - dropping.exchange_backward == pytest.approx(2 * agreement)
+    assert once.exchange_backward - dropping.exchange_backward == pytest.approx(agreement)
     assert (once.forward, once.backward) == (dropping.forward, dropping.backward)
     three = seconds(imbalance=3.0, overflow="passes")
     assert three.exchange_forward == pytest.approx(3 * once.exchange_forward)
-    # 3 all-to-alls there and back for the first, as forward runs again, and as many for each that follows.
+    # 5 all-to-alls for the first, as forward runs again up to the experts, and as many for each that follows.
     assert three.exchange_backward == pytest.approx(3 * once.exchange_backward, rel=0.1)
-    # Their products are counted already, but for those of the forward that backward runs again.
+    # Their products are counted already, but for those of the forward that backward runs again: of the first matrices,
+    # two thirds of a forward, where all that is counted is 3 forwards and those two thirds.
     dropped = seconds(imbalance=3.0)
     assert three.experts == dropped.experts
     again = three.backward - dropped.backward - (three.forward - dropped.forward)
     assert 0 < three.forward - dropped.forward < dropping.streams
-    assert again > (1 - 1.25 / 3) * dropped.experts / 4
+    assert again > (1 - 1.25 / 3) * dropped.experts * 2 / 11
     parts = three.dense + three.experts + three.attention + three.streams
     assert three.forward + three.backward == pytest.approx(parts)
     roomy = seconds(capacity_factor=8.0, overflow="passes", imbalance=3.0)

@@ -7,7 +7,8 @@ import pytest
 from meshes.platform import load_platform
 from models import cost
 from models.presets import preset
-from piperjax.planner.layer_time import HIDDEN_FRACTION, LayerSeconds, layer_seconds
+from piperjax.planner.layer_exchanges import HIDDEN_FRACTION
+from piperjax.planner.layer_time import LayerSeconds, layer_seconds
 from piperjax.planner.plan import default_plan
 from piperjax.planner.step_end import step_end_seconds
 from piperjax.planner.timing import (

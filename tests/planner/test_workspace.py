@@ -37,12 +37,12 @@ def test_rows_of_dispatch_follow_the_devices_that_share_experts():
     assert shared == pytest.approx(4 * alone)  # Dropless: every device has room for all that could come.
 
 
-def test_rows_that_crossed_once_are_weighed_beside_their_messages():
+def test_rows_that_crossed_once_lie_beside_their_messages():
     where = dict(sequences=8, expert=4, nodes=2, dispatch="halo2_dedup")
     share, ffn, D = Share(seq_len=64, dtype="float32", **where), TINY.kinds["moe"].ffn, TINY.d_model
     rows = share.buffers(ffn)
     messages = rows.arrived * message_bytes(D, ffn, share)
-    assert backward("moe", **where).dispatch == 5 * rows.experts * D * 4 + messages
+    assert backward("moe", **where).dispatch == 3 * rows.experts * D * 4 + messages
 
 
 def test_what_was_kept_between_the_matrices_of_experts_is_read_where_it_is():

@@ -23,6 +23,7 @@ from benchmarks.dispatch_cases import (
     truth,
 )
 from meshes.axes import EXPERT
+from models.moe import weigh
 from piperjax.runtime.dispatch import DISPATCHERS, make_experts
 from piperjax.runtime.dispatcher import Dispatcher
 from piperjax.runtime.grouped_matmul import grouped_matmul
@@ -204,7 +205,7 @@ def test_runs_outside_of_any_mesh():
     experts = make_experts("flat", (), 0.0)
     y, dropped = jax.jit(
         lambda x, gates, w: experts(
-            lambda rows, n: jnp.tanh(grouped_matmul(rows, w, n)), x, ids, gates, case.E
+            lambda rows, n, g: weigh(jnp.tanh(grouped_matmul(rows, w, n)), g), x, ids, gates, case.E
         )
     )(arrays["x"], arrays["gates"], arrays["w"])
     assert_close(y, truth(arrays, ids)[0], 1e-6)
@@ -233,11 +234,10 @@ def test_bfloat16_is_added_up_in_float32():
     x, ids = rng.normal(size=(T, D)), route(rng, "random", T, E, k)
     gates = rng.uniform(size=(T, k)).astype(np.float32)
     x = jnp.asarray(x, jnp.bfloat16)
-    y, _ = make_experts("flat", (), 0.0)(lambda rows, sizes: rows, x, ids, gates, E)
-    wide = np.asarray(x, np.float32)
-    expected = sum(gates[:, j, None] * wide for j in range(k))
+    y, _ = make_experts("flat", (), 0.0)(lambda rows, sizes, gates: weigh(rows, gates), x, ids, gates, E)
+    expected = sum(np.asarray(weigh(x, gates[:, j]), np.float32) for j in range(k))
     assert y.dtype == jnp.bfloat16
-    # One rounding to bfloat16 at the end, as if there had been no dispatch.
+    # One rounding to bfloat16 at the end, beside those of what experts return.
     np.testing.assert_array_equal(y, jnp.asarray(expected, jnp.bfloat16))
 
 

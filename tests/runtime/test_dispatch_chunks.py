@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.dispatch_cases import Case, check, masked_multiply
 from meshes.axes import BATCH, EXPERT
+from models.moe import weigh
 from piperjax.runtime.dispatch import DISPATCHERS, make_experts
 from piperjax.runtime.grouped_matmul import grouped_matmul
 from piperjax.runtime.program import is_variable, trace
@@ -68,7 +69,10 @@ def test_exchanges_between_nodes_wait_for_experts_two_chunks_back_only():
 
     def per_device(x, gates, w, ids):
         def layer(x, gates, w):
-            return experts(lambda rows, sizes: grouped_matmul(rows, w, sizes), x, ids, gates, CASE.E)[0]
+            def expert_ffn(rows, sizes, gates):
+                return weigh(grouped_matmul(rows, w, sizes), gates)
+
+            return experts(expert_ffn, x, ids, gates, CASE.E)[0]
 
         def both(x, gates, w, dy):
             y, vjp = jax.vjp(layer, x, gates, w)

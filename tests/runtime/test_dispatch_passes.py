@@ -22,6 +22,7 @@ from benchmarks.dispatch_cases import (
     truth,
 )
 from meshes.axes import BATCH, EXPERT
+from models.moe import weigh
 from piperjax.planner.dispatchers import named
 from piperjax.runtime.dispatch import DISPATCHERS, make_experts
 from piperjax.runtime.dispatcher import Sharing
@@ -157,7 +158,10 @@ def test_weights_that_replicas_share_are_refused():
     experts = in_passes("flat", 0.5)
 
     def per_device(x, gates, w, ids):
-        return experts(lambda rows, sizes: masked_multiply(rows, w, sizes), x, ids, gates, case.E)[0]
+        def expert_ffn(rows, sizes, gates):
+            return weigh(masked_multiply(rows, w, sizes), gates)
+
+        return experts(expert_ffn, x, ids, gates, case.E)[0]
 
     spec = jax.P(BATCH)
     mapped = jax.shard_map(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.moe import weigh
 from piperjax.runtime import permute
 from piperjax.runtime.permute import Exchange, Places
 
@@ -55,9 +56,13 @@ def places_of(T, k, R, *, dropped, rng):
     return jax.tree.map(jnp.asarray, where)
 
 
-@pytest.mark.parametrize("combine", [permute.combine_rows, permute.combine_sparse_rows])
+def weigh_first(rows, gates, where):
+    """What experts that are given gates do, and the sum of what they return."""
+    return permute.collect_rows(weigh(rows, permute.spread_gates(gates, where)), where)
+
+
 @pytest.mark.parametrize(("R", "dropped"), [(24, 0), (40, 0), (40, 5), (19, 5)])
-def test_spread_and_combine_equal_indexing(combine, R, dropped):
+def test_spread_and_combine_equal_indexing(R, dropped):
     T, k, D = 8, 3, 5
     rng = np.random.default_rng(R + dropped)
     where = places_of(T, k, R, dropped=dropped, rng=rng)
@@ -79,7 +84,7 @@ def test_spread_and_combine_equal_indexing(combine, R, dropped):
         gates,
         scale,
         lambda x: permute.spread_rows(x, where),
-        lambda r, g: combine(r, g, where),
+        lambda r, g: weigh_first(r, g, where),
     )
     for found, wanted in zip(ours, plain, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
@@ -118,7 +123,7 @@ def test_gradients_compile_without_a_scatter():
     where = places_of(8, 3, 40, dropped=5, rng=np.random.default_rng(0))
 
     def loss(x, gates, where):
-        return permute.combine_rows(jnp.tanh(permute.spread_rows(x, where)), gates, where).sum()
+        return weigh_first(jnp.tanh(permute.spread_rows(x, where)), gates, where).sum()
 
     text = (
         jax.jit(jax.grad(loss, (0, 1))).lower(jnp.ones((8, 4)), jnp.ones((8, 3)), where).compile().as_text()
