@@ -7,10 +7,11 @@ for a few steps on twelve meshes of eight devices, with several schedules, memor
 on the plan that the planner picks. Predictions come from the platform file alone, nothing is fitted to the steps. Run
 it on a quiet machine.
 
-The speed of a processor that is shared drifts by more than what is to be shown, so both sides take turns: measure, all
-meshes, measure, all meshes. The meshes take turns, too, one step each, again and again, so that a slow minute is not
-one mesh's. The median of a mesh's steps counts, and the geometric mean of the two predictions. Beside every step a
-product of fixed size is timed, whose range says how far the speed drifted.
+The speed of a processor that is shared drifts by more than what is to be shown, so all take turns: `measure` is stopped
+every minute, and every mesh takes a step. It runs twice. The median of a mesh's steps counts, and the geometric mean of
+the two predictions. What the planner picks is known after the first, and takes part from then on. Every mesh trains in
+a process of its own, as `train.py` would. Beside every step a product of fixed size is timed, whose range says how far
+the speed drifted.
 
 `--steps` writes the measured seconds to a file, or reads what it has: only predictions change then, and the bars are
 not judged.
@@ -18,10 +19,15 @@ not judged.
 
 import argparse
 import json
+import multiprocessing
+import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -72,8 +78,8 @@ MESHES = (
         "vocabulary": "whole",
     },
 )
-# Steps of every mesh after each measurement.
-STEPS = 5
+# Seconds for which `measure` runs before it is stopped for steps; steps of every mesh where it does not run.
+TURN_SECONDS, STEPS = 60.0, 5
 WORST_BAR, RANK_BAR, CHOICE_BAR = 0.15, 0.9, 1.05
 
 
@@ -124,35 +130,55 @@ def reference_seconds() -> float:
     return statistics.median(seconds[1:])
 
 
+def _train(plan: Plan, turns: Connection) -> None:
+    """Trains in a process of its own: says when it is ready, and then, every time it is asked, what a step takes."""
+    simulate_devices(NUM_DEVICES)
+    training = Training(plan)
+    turns.send(None)
+    with suppress(EOFError):  # Nobody asks any more.
+        while True:
+            turns.recv()
+            turns.send(training.seconds())
+
+
 class Steps:
-    """Measured seconds of steps by plan, kept in a file if there is one; what it has is not measured again."""
+    """Measured seconds of steps by plan, kept in a file if there is one; what that has is not measured again."""
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.trainings: dict[str, Training] = {}
+        self.trainings: dict[str, Connection] = {}
         self.taken: dict[str, list[float]] = {}
         self.references: list[float] = []
         if path is not None and path.exists():
             self.taken = json.loads(path.read_text(encoding="utf-8"))
         self.were_read = bool(self.taken)
 
-    def measure(self, plans: list[Plan], *, until: int) -> None:
-        """Goes through the plans, one step of each, until each has taken so many."""
-        for number in range(1, 1 + until):
-            for plan in plans:
-                name = _name(plan)
-                if len(self.taken.get(name, ())) >= number:
-                    continue
-                if name not in self.trainings:
-                    self.trainings[name] = Training(plan)
-                self.references.append(reference_seconds())
-                self.taken.setdefault(name, []).append(self.trainings[name].seconds())
-                if self.path is not None:
-                    self.path.write_text(json.dumps(self.taken, indent=1), encoding="utf-8")
+    def start(self, plan: Plan) -> None:
+        """Compiles the step of a plan, if its steps are not known."""
+        if self.were_read or _name(plan) in self.trainings:
+            return
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        context.Process(target=_train, args=(plan, theirs), daemon=True).start()
+        ours.recv()
+        self.trainings[_name(plan)] = ours
 
-    def of(self, plan: Plan) -> float:
-        """The median seconds of a step."""
-        return statistics.median(self.taken[_name(plan)])
+    def take(self) -> None:
+        """One step of every plan that was started."""
+        for name, training in self.trainings.items():
+            self.references.append(reference_seconds())
+            training.send(None)
+            self.taken.setdefault(name, []).append(training.recv())
+        if self.path is not None and self.trainings:
+            self.path.write_text(json.dumps(self.taken, indent=1), encoding="utf-8")
+
+    def of(self, plan: Plan, *, last: int = 0) -> float:
+        """The median seconds of a step; of the last ones only, if a number is given."""
+        return statistics.median(self.taken[_name(plan)][-last:])
+
+    def number(self, plan: Plan) -> int:
+        """How many steps of a plan were taken."""
+        return len(self.taken[_name(plan)])
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float:
@@ -161,22 +187,30 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
     return float(np.corrcoef(ranks)[0, 1])
 
 
-def measured_platform(*, quick: bool) -> Platform:
-    """Runs `piperjax measure` on the simulated devices, in a process of its own."""
+def measured_in_turns(*, quick: bool) -> Iterator[Platform | None]:
+    """Runs `piperjax measure` in a process of its own; None every time it is stopped, and at last what it has found."""
     with TemporaryDirectory() as directory:
         path = Path(directory) / "measured.toml"
-        command = [
-            sys.executable,
-            "-m",
-            "piperjax",
-            "measure",
-            "--devices",
-            str(NUM_DEVICES),
-            "--out",
-            str(path),
-        ]
-        subprocess.run([*command, *(["--quick"] if quick else [])], check=True)
-        return load_platform(str(path))
+        command = [sys.executable, "-m", "piperjax", "measure", "--devices", str(NUM_DEVICES)]
+        command += ["--out", str(path), *(["--quick"] if quick else [])]
+        with subprocess.Popen(command) as process:
+            while process.poll() is None:
+                try:
+                    process.wait(TURN_SECONDS)
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGSTOP)
+                    yield None
+                    process.send_signal(signal.SIGCONT)
+        if process.returncode:
+            raise SystemExit(f"measure failed with exit status {process.returncode}")
+        yield load_platform(str(path))
+
+
+def _choice(platform: Platform, steps: Steps) -> Plan:
+    """What the planner picks, started."""
+    plan = choose_plan(MODEL, platform, NUM_DEVICES, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, dtype=DTYPE).plan
+    steps.start(plan)
+    return plan
 
 
 def _described(plan: Plan) -> str:
@@ -202,19 +236,19 @@ def main() -> int:
     parser.add_argument("--steps", type=Path, help="file of measured steps, written if it is not there")
     args = parser.parse_args()
     platforms = [load_platform(name) for name in args.platform or ()]
-    rounds = 1 if args.quick else 2
     steps = Steps(args.steps)
-    plans: list[Plan] = []
-    for round_number in range(1, 1 + rounds):
-        if not args.platform:
-            platforms.append(measured_platform(quick=args.quick))
-        if not plans:
-            simulate_devices(NUM_DEVICES)
-            plans = make_plans(platforms[0])
-            chosen = choose_plan(
-                MODEL, platforms[0], NUM_DEVICES, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, dtype=DTYPE
-            ).plan
-        steps.measure([*plans, chosen], until=STEPS * round_number)
+    plans = make_plans(platforms[0] if platforms else load_platform("cpu8"))
+    for plan in plans:
+        steps.start(plan)
+    chosen = _choice(platforms[0], steps) if platforms else None
+    for _ in range(STEPS if platforms else 0):
+        steps.take()
+    while not args.platform and len(platforms) < (1 if args.quick else 2):
+        for found in measured_in_turns(quick=args.quick):
+            if found is not None:
+                platforms.append(found)
+                chosen = chosen or _choice(found, steps)
+            steps.take()
 
     def row(plan: Plan) -> tuple[float, float]:
         predicted = statistics.geometric_mean(
@@ -230,7 +264,8 @@ def main() -> int:
     _, automatic = row(chosen)
     worst = max(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True))
     ranks = rank_correlation(predicted, measured)
-    choice = automatic / min(measured)
+    both = steps.number(chosen)
+    choice = automatic / min(steps.of(plan, last=both) for plan in plans)
     if steps.references:
         slowest, fastest = max(steps.references), min(steps.references)
         print(f"a product of fixed size took {fastest * 1e3:.1f} to {slowest * 1e3:.1f} ms between the steps")
