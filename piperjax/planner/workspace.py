@@ -109,6 +109,10 @@ def layer_backward(
     R = share.rows(ffn)
     shared = T * w * (up + 3) * (ffn.shared_d_ff + ffn.dense_residual_d_ff)
     rows, hidden = _rows_and_hidden(d_model, ffn, backend, memory_mode)
+    waits = backend.widens and share.dispatch_chunks > 1 and memory_mode in ("stage", "layer")
+    if waits and not splits and not share.deduplicates:
+        # Between chunks CPUs ask for what experts return, though nobody needs it.
+        rows += R * d_model * share.itemsize
     num_scores = 2 if backend.is_widened else 1
     if in_blocks:  # No weights of the softmax wait for their backward.
         num_scores = 0
