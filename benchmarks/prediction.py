@@ -151,11 +151,11 @@ class Steps:
         self.references: list[float] = []
         if path is not None and path.exists():
             self.taken = json.loads(path.read_text(encoding="utf-8"))
-        self.were_read = bool(self.taken)
+        self.known = frozenset(self.taken)
 
     def start(self, plan: Plan) -> None:
         """Compiles the step of a plan, if its steps are not known."""
-        if self.were_read or _name(plan) in self.trainings:
+        if _name(plan) in self.known or _name(plan) in self.trainings:
             return
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -199,8 +199,10 @@ def measured_in_turns(*, quick: bool) -> Iterator[Platform | None]:
                     process.wait(TURN_SECONDS)
                 except subprocess.TimeoutExpired:
                     process.send_signal(signal.SIGSTOP)
-                    yield None
-                    process.send_signal(signal.SIGCONT)
+                    try:
+                        yield None
+                    finally:  # Who interrupts this would wait for a process that is stopped.
+                        process.send_signal(signal.SIGCONT)
         if process.returncode:
             raise SystemExit(f"measure failed with exit status {process.returncode}")
         yield load_platform(str(path))
@@ -269,7 +271,7 @@ def main() -> int:
     if steps.references:
         slowest, fastest = max(steps.references), min(steps.references)
         print(f"a product of fixed size took {fastest * 1e3:.1f} to {slowest * 1e3:.1f} ms between the steps")
-    if steps.were_read:
+    if steps.known:
         print(
             f"steps of {args.steps}: worst deviation {worst:.1%}, rank correlation {ranks:.2f}, choice {choice:.2f}"
         )

@@ -213,7 +213,7 @@ def _experts(
 def _ffn(
     name: str, d_model: int, d_ff: int, num_matrices: int, *, rows: float, groups: int = 0, tensor: int = 1
 ) -> list[Product]:
-    """Up (with the gate beside it) and down. What experts return is kept: the gradient of a gate needs it."""
+    """Up (with the gate beside it) and down. Who weighs what experts return needs it for the gradients of gates."""
     up = (num_matrices - 1) * d_ff / tensor
     return [
         Product(f"{name} up", rows, up, d_model, groups),
