@@ -6,6 +6,7 @@ Layers are priced for every kind and memory mode; what depends on tokens and exp
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from piperjax.planner.kept import Share, kept_bytes
 from piperjax.planner.layer_time import LayerSeconds, layer_seconds
 from piperjax.planner.network import axis_group, permute
 from piperjax.planner.partition import partition_layers
-from piperjax.planner.plan import Plan
+from piperjax.planner.plan import LAST_LAYER_MODES, Plan
 from piperjax.planner.shared_cores import at_once
 from piperjax.planner.step_end import itemsize_of, step_end_seconds
 from piperjax.planner.storage import kinds_of, storage
@@ -42,7 +43,8 @@ class Cell(NamedTuple):
       index: number of the mesh.
       mesh, num_microbatches: these.
       way: how rows reach their experts.
-      layers: seconds of F, B, I, W, and of the exchanges in F and in B or I, `[modes, kinds, 6]`.
+      layers: seconds of F, B, I, W, and of the exchanges in F and in B or I, `[modes, 2 kinds, 6]`: of layers of every
+        kind, then of those that are the last of their stage.
       transfer: seconds of one exchange with the neighbours.
       outer: seconds of embedding and head of one microbatch, `[vocabularies]`.
       outer_exchange: seconds of exchanges in it, `[vocabularies]`.
@@ -163,7 +165,7 @@ def _simplest_plan(question: Question, mesh: Mesh, num_microbatches: int, vocabu
 def _layers(
     question: Question, share: Share, expert_factors: tuple[int, int, int], candidates: tuple[Way, ...]
 ) -> tuple[tuple[Way, np.ndarray], ...]:
-    """Seconds of every kind of layer in every memory mode, `[modes, kinds, 6]`, by the quickest and leanest ways."""
+    """`Cell.layers` by the quickest and leanest ways."""
     return _priced_layers(
         question.model,
         question.platform,
@@ -214,10 +216,11 @@ def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple
         chosen = (quickest, leanest) if needed[leanest] < needed[quickest] else (quickest,)
     found = []
     for way in chosen:
-        seconds = np.zeros((len(modes), len(kinds), 6))
+        seconds = np.zeros((len(modes), 2 * len(kinds), 6))
         for i, mode in enumerate(modes):
-            for j, (_, layer) in enumerate(kinds):
-                priced = price(layer, mode, way)
+            both = product((mode, LAST_LAYER_MODES.get(mode, mode)), kinds)
+            for j, (counted, (_, layer)) in enumerate(both):
+                priced = price(layer, counted, way)
                 seconds[i, j] = (
                     priced.forward,
                     priced.backward,

@@ -20,22 +20,25 @@ def executed_flop(model: ModelConfig, plan: Plan, *, backend: str = "gpu") -> fl
         needs it: there a barrier is an operation.
     """
     tokens = plan.batch_size * plan.seq_len
-    layers = sum(_layer(model, layer, plan, backend) for layer in model.layers)
+    layers = sum(
+        _layer(model, layer, plan, mode, backend)
+        for layer, mode in zip(model.layers, plan.layer_modes, strict=True)
+    )
     rows = model.vocab_size
     if plan.vocabulary == "split":
         rows = -(-rows // plan.pipe) * plan.pipe
     return tokens * (layers + 3 * 2 * rows * model.d_model) / plan.num_devices
 
 
-def _layer(model: ModelConfig, layer: LayerConfig, plan: Plan, backend: str) -> float:
+def _layer(model: ModelConfig, layer: LayerConfig, plan: Plan, memory_mode: str, backend: str) -> float:
     """FLOP of all passes of a layer per token."""
     flop = cost.layer_flop(model, layer, plan.seq_len)
     forward = flop.total + flop.attention_scores
     in_blocks = is_in_blocks(plan.seq_len)
     again = flop.attention_scores if in_blocks else 0
-    if plan.memory_mode == "stash":
+    if memory_mode == "stash":
         return 3 * forward + again
-    if plan.memory_mode == "products":
+    if memory_mode == "products":
         return 3 * forward + (again if in_blocks else 2 * flop.attention_scores)
     # What a layer adds to the residual stream last is not needed again. (Experts weigh their hidden rows by the gates.)
     ffn, last = layer.ffn, 0
@@ -44,8 +47,8 @@ def _layer(model: ModelConfig, layer: LayerConfig, plan: Plan, backend: str) -> 
     elif isinstance(ffn, MoEFFN):
         beside = ffn.dense_residual_d_ff + (0 if ffn.shared_gate == "sigmoid" else ffn.shared_d_ff)
         # All chunks of the tokens but the last are waited for.
-        waits = backend == "cpu" and plan.memory_mode != "named"
+        waits = backend == "cpu" and memory_mode != "named"
         left_out = 1 / plan.dispatch_chunks if waits else 1
         last = 2 * model.d_model * (beside + left_out * ffn.d_ff * ffn.experts_per_token)
-    stage = forward if plan.memory_mode == "stage" else 0
+    stage = forward if memory_mode == "stage" else 0
     return 4 * forward - last + stage + again

@@ -20,6 +20,8 @@ GRADIENT_DTYPES = ("float32", "bfloat16")
 MEMORY_MODES = ("stage", "layer", "named", "products", "stash")
 # Their backwards run most of a forward again; where there is a choice of tick tables it is made for such times.
 RECOMPUTING_MODES = ("stage", "layer", "named")
+# A stage is run again for the inputs of its layers, so its last layer runs as often as where each layer keeps its own.
+LAST_LAYER_MODES = {"stage": "layer"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,13 @@ class Plan:
     def num_layers(self) -> int:
         """Layers of the model."""
         return sum(self.layers_per_stage)
+
+    @property
+    def layer_modes(self) -> tuple[str, ...]:
+        """The memory mode as which every layer counts, in layer order: how often its forward and exchanges run."""
+        last = LAST_LAYER_MODES.get(self.memory_mode, self.memory_mode)
+        stages = ((*(self.memory_mode,) * (layers - 1), last) for layers in self.layers_per_stage)
+        return tuple(mode for stage in stages for mode in stage)
 
     @property
     def microbatch_size(self) -> int:

@@ -347,13 +347,18 @@ def memory_of(scores: Scores, row: int) -> RankMemory:
 
 @lru_cache(maxsize=1024)
 def _stage_kinds(model: ModelConfig, partition: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Layers of each kind on every different stage, `[stages, kinds]`, and of the whole model, `[kinds]`."""
+    """Layers of each kind on every different stage, `[stages, 2 kinds]`, and of the whole model, `[2 kinds]`.
+
+    Those that are the last of their stage are counted apart, after all others.
+    """
     names, kinds = model.kind_of_layer, list(model.kinds)
-    held = np.zeros((len(partition), len(kinds)))
+    held = np.zeros((len(partition), 2 * len(kinds)))
     layer = 0
     for stage, count in enumerate(partition):
-        for name in names[layer : layer + count]:
+        *others, last = names[layer : layer + count]
+        for name in others:
             held[stage, kinds.index(name)] += 1
+        held[stage, len(kinds) + kinds.index(last)] += 1
         layer += count
     held[-1, kinds.index(names[-1])] += model.prediction_layers
     return np.unique(held, axis=0), held.sum(0)

@@ -26,17 +26,17 @@ def dispatch_bytes(model: ModelConfig, plan: Plan, *, dtype: str = "bfloat16") -
     share, sent = Share.of(plan, dtype), dict.fromkeys(LEVELS, 0.0)
     if plan.expert == 1:
         return {}
-    for layer in model.layers:
+    for layer, mode in zip(model.layers, plan.layer_modes, strict=True):
         if isinstance(layer.ffn, MoEFFN):
-            for level, num_bytes in _layer_bytes(model.d_model, layer.ffn, plan, share).items():
+            for level, num_bytes in _layer_bytes(model.d_model, layer.ffn, plan, mode, share).items():
                 sent[level] += plan.num_microbatches / plan.pipe * num_bytes
     return {level: num_bytes for level, num_bytes in sent.items() if num_bytes}
 
 
-def _layer_bytes(D: int, ffn: MoEFFN, plan: Plan, share: Share) -> dict[str, float]:
+def _layer_bytes(D: int, ffn: MoEFFN, plan: Plan, memory_mode: str, share: Share) -> dict[str, float]:
     """Bytes of all passes of one layer and microbatch."""
     way, rows = named(plan.dispatch), share.buffers(ffn)
-    sent, returned = (times.get(plan.memory_mode, 1) for times in (TIMES_THERE, TIMES_BACK))
+    sent, returned = (times.get(memory_mode, 1) for times in (TIMES_THERE, TIMES_BACK))
     row, there, back = (D * share.itemsize,) * 3
     if way.deduplicates:
         there, back = (message_bytes(D, ffn, share, ids=ids) for ids in (True, False))

@@ -96,7 +96,7 @@ def stage_seconds(
 ) -> tuple[LayerSeconds, ...]:
     """Seconds of the layers of every stage, of one microbatch on one device."""
     by_kind = {
-        kind: layer_seconds(
+        (kind, mode): layer_seconds(
             model,
             layer,
             platform,
@@ -104,7 +104,7 @@ def stage_seconds(
             seq_len=plan.seq_len,
             expert_factors=plan.expert_factors,
             dtype=conditions.dtype,
-            memory_mode=plan.memory_mode,
+            memory_mode=mode,
             dispatcher=plan.dispatch,
             dispatch_chunks=plan.dispatch_chunks,
             rows=conditions.rows,
@@ -114,11 +114,12 @@ def stage_seconds(
             gradient_dtype=plan.gradient_dtype,
         )
         for kind, layer in model.kinds.items()
+        for mode in dict.fromkeys((plan.memory_mode, *plan.layer_modes))
     }
-    kinds = iter(model.kind_of_layer)
+    kinds = iter(zip(model.kind_of_layer, plan.layer_modes, strict=True))
     stages = [sum((by_kind[next(kinds)] for _ in range(n)), LayerSeconds()) for n in plan.layers_per_stage]
     for _ in range(model.prediction_layers):
-        stages[-1] += by_kind[model.kind_of_layer[-1]]
+        stages[-1] += by_kind[model.kind_of_layer[-1], plan.memory_mode]
     return tuple(stages)
 
 

@@ -103,18 +103,19 @@ def _unknown_turns(executor: Executor) -> hlo.Turns:
 
     Experts are taken to be loaded evenly, so that no rows wait for later passes.
     """
-    blocks, layout, count = _blocks_per_group(executor), executor.layout, executor.layout.runs.count
+    blocks, layout, runs = _blocks_per_group(executor), executor.layout, executor.layout.runs
     makes_passes, columns = executor.plan.overflow == "passes", executor.lowered.rank_columns
     ticks, ranks = np.nonzero(_is_on(columns.forward_on) & _is_on(columns.backward_on))
 
     def turns(scope: str) -> float:
         if makes_passes and _LATER_PASSES.search(scope):
             return 0.0
-        found = re.search(r"/(layers|pairs|single)_(\w+)/while$", scope)
+        found = re.search(r"/(layers|again|pairs|single)_(\w+)/while$", scope)
         if found is None:
             return blocks
-        of_kind = count[..., layout.kinds.index(found[2])]
-        if found[1] == "layers" or not ticks.size:
+        at = layout.kinds.index(found[2])
+        of_kind = (runs.count - runs.last if found[1] == "again" else runs.count)[..., at]
+        if found[1] in ("layers", "again") or not ticks.size:
             return float(of_kind.mean())
         ahead = of_kind[ranks, np.asarray(columns.forward_chunk)[ticks, ranks]]
         back = of_kind[ranks, np.asarray(columns.backward_chunk)[ticks, ranks], ::-1]

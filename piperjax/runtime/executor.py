@@ -204,7 +204,7 @@ class Executor:
     def _run(self, lowered: LoweredSchedule, params, by_layer: tuple, batch, *, grad_specs):
         param_specs = jax.tree.map(lambda leaf: leaf.spec, self.leaf_shardings)
         runs = self.layout.runs
-        table = LayerTable(self.layout.index, self.layout.moe_index, runs.first, runs.count)
+        table = LayerTable(self.layout.index, self.layout.moe_index, runs.first, runs.count, runs.last)
         columns = (lowered.rank_columns.__dict__, lowered.tick_columns.__dict__)
 
         step = Step(

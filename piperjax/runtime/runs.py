@@ -8,6 +8,7 @@ one round per pair.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import jax
@@ -42,9 +43,22 @@ class Runs:
         """Whether a loop over layers has one turn on every rank, and is in no loop over rounds."""
         return self.num_rounds == 1 and any(self.fixed_count(kind) == 1 for kind in range(self.num_kinds))
 
+    @cached_property
+    def last(self) -> np.ndarray:
+        """1 where a run holds the last layer of its chunk, else 0: `[pipe, chunk, round, kind]` int32."""
+        last = np.zeros_like(self.count)
+        for rank, chunk in np.ndindex(self.count.shape[:2]):
+            if len(runs := np.argwhere(self.count[rank, chunk])):
+                last[rank, chunk, *runs[-1]] = 1
+        return last
+
     def fixed_count(self, kind: int) -> np.int32 | None:
         """How many layers of a kind every run of it has; None if they differ."""
         return _only(self.count[..., kind])
+
+    def fixed_last(self, kind: int) -> np.int32 | None:
+        """`last` of a kind, if it is the same everywhere."""
+        return _only(self.last[..., kind])
 
     def fixed_first(self, kind: int) -> np.int32 | None:
         """Where every run of a kind begins; None if they differ."""
@@ -88,6 +102,14 @@ class Walk(NamedTuple):
     def reversed(self) -> "Walk":
         """The same positions from the last to the first."""
         return Walk(self.start + self.step * (self.count - np.int32(1)), self.count, -self.step)
+
+    def without(self, turns: jax.Array | np.int32) -> "Walk":
+        """The same but for some turns at the end."""
+        return self._replace(count=self.count - turns)
+
+    def last(self, turns: jax.Array | np.int32) -> "Walk":
+        """So many turns at the end."""
+        return self.after(self.count - turns)
 
     def after(self, turns: jax.Array | np.int32) -> "Walk":
         """What remains after some turns."""

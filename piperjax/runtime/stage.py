@@ -30,6 +30,8 @@ Buffers = dict[str, list[jax.Array]]
 SurroundingsOf = Callable[[jax.Array], Surroundings]
 # One layer: (kind, position, carry) -> a call that makes the next carry.
 LayerBody = Callable[[str, jax.Array, Any], Call]
+# Walks by scope, given how many layers at the end of a walk are the last one of the chunk: 1 or 0.
+_PARTS = {"again": Walk.without, "last": Walk.last}
 # Place of this rank in its own share of the layers.
 _RANK = np.int32(0)
 
@@ -53,13 +55,14 @@ class LayerTable(NamedTuple):
 
     Attributes:
       index, moe_index: `[chunk, position]`.
-      first, count: `[chunk, round, kind]`.
+      first, count, last: `[chunk, round, kind]`.
     """
 
     index: jax.Array
     moe_index: jax.Array
     first: jax.Array
     count: jax.Array
+    last: jax.Array
 
 
 class Place(NamedTuple):
@@ -185,9 +188,20 @@ class Stage:
         if self.by_stage:
             x = slots.read(stash[""][0], place.slot)
             place = place._replace(slot=jnp.zeros_like(place.slot))
-            stash = self._layers_forward(place, x, None, self.stash_of_one())[2]
+            stash = self._inputs_of_layers(place, x)
         body = partial(self._backward_layer, place, scale, stash)
         return self._layers(place.chunk, body, (gradient, grads, taps), backward=True)
+
+    def _inputs_of_layers(self, place: Place, x: jax.Array) -> Buffers:
+        """Runs a stage again, from its input [B, S, D] to that of its last layer; returns the inputs of all layers."""
+
+        def keep(kind: str, position: jax.Array, carry) -> Callable[[], Any]:
+            (x, stash), (index, _) = carry, self._at(place, position)
+            return lambda: (x, {**stash, kind: [slots.write(stash[kind][0], x, place.slot, index)]})
+
+        carry = (x, None, self.stash_of_one())
+        x, _, stash = self._layers(place.chunk, partial(self._forward_layer, place), carry, scope="again")
+        return self._layers(place.chunk, keep, (x, stash), scope="last")[1]
 
     def _backward_layer(
         self, place: Place, scale: jax.Array, stash: Buffers, kind: str, position: jax.Array, carry
@@ -344,16 +358,18 @@ class Stage:
         ]
         return {**grads, kind: jax.tree.unflatten(structure, added)}
 
-    def _layers(self, chunk: jax.Array, body: LayerBody, carry, *, backward: bool = False):
-        """Runs a body for every layer of a chunk, in order or backward."""
+    def _layers(
+        self, chunk: jax.Array, body: LayerBody, carry, *, backward: bool = False, scope: str = "layers"
+    ):
+        """Runs a body for every layer of a chunk, in order or backward; or for a part of them (`_PARTS`)."""
         kinds = range(self.layout.runs.num_kinds)
 
         def run(number, carry):
             if backward:
                 number = np.int32(self.layout.runs.num_rounds - 1) - number
             for kind in reversed(kinds) if backward else kinds:
-                walk = self._walk(chunk, number, kind)
-                carry = self._loop(kind, walk.reversed() if backward else walk, body, carry)
+                walk = self._walk(chunk, number, kind, scope)
+                carry = self._loop(kind, walk.reversed() if backward else walk, body, carry, scope=scope)
             return carry
 
         return self._rounds(run, carry)
@@ -362,14 +378,15 @@ class Stage:
         rounds = self.layout.runs.num_rounds
         return run(np.int32(0), carry) if rounds == 1 else _repeated("rounds", np.int32(rounds), run, carry)
 
-    def _walk(self, chunk: jax.Array, number: jax.Array | np.int32, kind: int) -> Walk:
+    def _walk(self, chunk: jax.Array, number: jax.Array | np.int32, kind: int, scope: str = "layers") -> Walk:
         """Positions of the layers of a kind in a round; numbers that all ranks share are known."""
-        runs, at = self.layout.runs, (chunk, jnp.asarray(number), np.int32(kind))
-        first, count = runs.fixed_first(kind), runs.fixed_count(kind)
-        return Walk(
-            slots.read(self.table.first, *at) if first is None else first,
-            slots.read(self.table.count, *at) if count is None else count,
-        )
+        runs, table = self.layout.runs, self.table
+
+        def known(column: jax.Array, fixed: np.int32 | None):
+            return slots.read(column, chunk, jnp.asarray(number), np.int32(kind)) if fixed is None else fixed
+
+        walk = Walk(known(table.first, runs.fixed_first(kind)), known(table.count, runs.fixed_count(kind)))
+        return _PARTS[scope](walk, known(table.last, runs.fixed_last(kind))) if scope in _PARTS else walk
 
     def _loop(self, kind: int, walk: Walk, body: LayerBody, carry, *, scope: str = "layers"):
         name = self.layout.kinds[kind]

@@ -20,6 +20,8 @@ def test_flat_by_hand():
     part = 5 * 4 * 8 * 128 * 2 * ROW
     assert sent() == {"self": part, "local": part, "node": 2 * part, "group": 4 * part}
     assert sent(memory_mode="stash")["node"] == 2 * part * 4 / 5
+    # Four layers on one pipe rank: three run there and back once more.
+    assert sent(memory_mode="stage")["node"] == 2 * part * (3 * 7 + 5) / (4 * 5)
     assert sent(dtype="float32")["local"] == 2 * part
     assert sent(dispatch_chunks=4) == sent()
 

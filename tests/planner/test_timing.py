@@ -89,6 +89,20 @@ def test_stages_are_their_layers():
     assert stages[-1].backward == pytest.approx(plan.layers_per_stage[-1] * moe.backward)
 
 
+def test_of_a_stage_that_is_run_again_the_last_layer_is_not():
+    def exchanged(memory_mode, **sizes):
+        model, plan = plan_for(memory_mode=memory_mode, **sizes)
+        return plan, stage_seconds(model, plan, FRONTIER)
+
+    plan, again = exchanged("stage")
+    _, keeping = exchanged("layer")
+    layers = plan.layers_per_stage[-1]
+    more = again[-1].exchange_backward - keeping[-1].exchange_backward
+    assert layers > 1 and more == pytest.approx((layers - 1) / layers * keeping[-1].exchange_forward)
+    one_each = dict(pipe=61, expert=1, devices=61, batch_size=64)
+    assert exchanged("stage", **one_each)[1] == exchanged("layer", **one_each)[1]
+
+
 def test_a_prediction_layer_is_one_more_layer_and_head():
     model, plan = plan_for()
     more = dataclasses.replace(model, prediction_layers=1)

@@ -71,6 +71,13 @@ def test_equals_one_device_in_float64(schedule, pipe, expert, data, memory_mode)
         check_equal(config, plan, tolerance=1e-10, dtype="float64")
 
 
+def alternating(kinds):
+    """A model of dense layers and of MoE layers in this order."""
+    config = model()
+    by_letter = {"D": config.layers[0], "M": config.layers[-1]}
+    return dataclasses.replace(config, layers=tuple(by_letter[letter] for letter in kinds))
+
+
 # Every day: two kinds of layer on uneven stages, tied vectors, a router with a bias, no experts at all. The slow ones
 # are parts of these, or of what overlaps every day in test_executor_ways.py: layers of experts only, on uneven stages.
 @pytest.mark.parametrize(
@@ -82,6 +89,7 @@ def test_equals_one_device_in_float64(schedule, pipe, expert, data, memory_mode)
             model(num_layers=5, dense_layers=2),
             dict(pipe=4, layers_per_stage=(1, 2, 1, 1), memory_mode="stage"),
         ),
+        (alternating("DMDMMD"), dict(pipe=2, expert=2, layers_per_stage=(4, 2), memory_mode="stage")),
         (
             model(embeddings="tied", balance="bias", score="sigmoid"),
             dict(pipe=2, expert=2, data=2),
@@ -95,6 +103,7 @@ def test_equals_one_device_in_float64(schedule, pipe, expert, data, memory_mode)
         "stage-mode",
         "uneven",
         "uneven-two-kinds",
+        "last-layers-of-two-kinds",
         "tied-sigmoid-bias",
         "tied",
         "sigmoid-bias",

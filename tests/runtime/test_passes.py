@@ -49,6 +49,19 @@ def test_backward_in_two_parts_is_backward(mode):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), parts, whole)
 
 
+@pytest.mark.parametrize("mode", [name for name, mode in MEMORY_MODES.items() if mode.by_stage])
+def test_a_stage_that_is_run_again_keeps_inputs_of_layers_only(mode):
+    # So nothing of its last layer has to run for what that layer keeps.
+    def run(x):
+        x = vary(x)
+        passes, weights, surroundings = passes_of(dense_layer(), mode, x)
+        _, (kept,) = passes.forward(weights, x, surroundings)()
+        return kept[None]
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, T, D)), jnp.float32)
+    np.testing.assert_array_equal(on_one_device(run, x)[0], x)
+
+
 def test_modes_keep_more_and_more():
     sizes = []
     for mode in ("layer", "products", "stash"):

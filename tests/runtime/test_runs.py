@@ -51,6 +51,20 @@ def test_runs_that_are_the_same_everywhere_are_known():
     assert (alike.fixed_first(0), alike.fixed_count(0), alike.num_rounds) == (0, 3, 1)
 
 
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ([[[MOE, MOE]], [[MOE, NONE]]], [[[[0, 1]]], [[[0, 1]]]]),
+        ([[[DENSE, DENSE, MOE], [DENSE, NONE, NONE]]], [[[[0, 1]], [[1, 0]]]]),
+        ([[[DENSE, MOE, DENSE, MOE]], [[DENSE, MOE, DENSE, NONE]]], [[[[0, 0], [0, 1]]], [[[0, 0], [1, 0]]]]),
+    ],
+)
+def test_the_run_of_the_last_layer_of_every_chunk(kinds, expected):
+    runs = runs_of(np.array(kinds), 2)
+    np.testing.assert_array_equal(runs.last, expected)
+    assert runs.fixed_last(MOE) == (1 if np.all(runs.last[..., MOE]) else None)
+
+
 def positions(walk, count=None):
     return [walk.position(np.int32(turn)) for turn in range(walk.count if count is None else count)]
 
@@ -61,6 +75,8 @@ def test_walks():
     assert positions(walk.reversed()) == [5, 4, 3, 2]
     assert positions(walk.reversed().reversed()) == [2, 3, 4, 5]
     assert positions(walk.reversed().after(np.int32(3))) == [2]
+    assert positions(walk.without(np.int32(1))) == [2, 3, 4] and positions(walk.last(np.int32(1))) == [5]
+    assert positions(walk.without(np.int32(0))) == [2, 3, 4, 5] and positions(walk.last(np.int32(0))) == []
     empty = Walk(np.int32(0), np.int32(0))
     assert positions(empty.reversed()) == []
     assert walk.pairs(walk.after(np.int32(1)).reversed()) == 3
