@@ -1,6 +1,6 @@
 """Remedies: what to say when nothing fits, and the nearest that does."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -44,13 +44,18 @@ def concessions(wished: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple(one for number, one in enumerate(found) if one and one not in found[:number])
 
 
-def check_room(question: Question, scores: Scores, *, advise: bool = True) -> None:
+def check_room(question: Question, tried: Sequence[Scores], *, advise: bool = True) -> None:
     """Says how much the leanest plan lacks and what would fit, if nothing does.
+
+    Args:
+      question: what was asked.
+      tried: scores of that, then of questions in which more and more was given up.
+      advise: look for the nearest that fits.
 
     Raises:
       ValueError: if no candidate fits.
     """
-    if scores.fits.any():
+    if any(scores.fits.any() for scores in tried):
         return
     advice = f"; {nearest_that_fits(question)}" if advise else ""
     asked = ", ".join(f"{name}={value}" for name, value in question.wished.items())
@@ -58,7 +63,7 @@ def check_room(question: Question, scores: Scores, *, advise: bool = True) -> No
     where = f"{question.num_devices:,} {question.platform.name} {devices}" + (
         f" with {asked}" if asked else ""
     )
-    if not len(scores.seconds):
+    if not any(len(scores.seconds) for scores in tried):
         chunks = (
             ", or dispatch_chunks does not divide the tokens" if "dispatch_chunks" in question.wished else ""
         )
@@ -66,11 +71,15 @@ def check_room(question: Question, scores: Scores, *, advise: bool = True) -> No
             f"no plan for {question.model.name} on {where} exists: its schedule does not fit the pipe ranks and "
             f"microbatches, or has more stages than the {question.model.num_layers} layers{chunks}{advice}"
         )
-    row, _ = scores.leanest(~scores.fits)
+    found = [(scores, *scores.leanest(~scores.fits)) for scores in tried]
+    scores, row, _ = min(found, key=lambda one: one[2])
     memory = memory_of(scores, row)
     lacking = memory.total - capacity_bytes(question)
+    conceded = {name: scores.question.wished.get(name) for name in SMALLER_BUFFERS | NARROW_GRADIENTS}
+    given_up = _flags({name: value for name, value in conceded.items() if value != question.wished.get(name)})
+    words = f"the leanest plan ({', '.join(filter(None, [str(scores.meshes[scores.mesh[row]]), given_up]))})"
     raise ValueError(
-        f"{question.model.name} does not fit {where}: the leanest plan ({scores.meshes[scores.mesh[row]]}) needs "
+        f"{question.model.name} does not fit {where}: {words} needs "
         f"{memory.total / GIB:.1f} GiB, {lacking / GIB:.1f} more than a device has; largest: {largest_terms(memory)}"
         f"{advice}"
     )

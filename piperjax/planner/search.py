@@ -172,15 +172,16 @@ def answer(question: Question, *, keep: int = KEPT, advise: bool = True) -> Sear
     check_some(question, possible, rejections)
     listed, given_up = rejections.copy(), {}
     scores = _scored(question, possible, listed)
+    tried = [scores]
     for less in () if scores.fits.any() else concessions(question.wished):
         changed = _with(question, less)
         if roomy := _roomy(changed, possible):
             among = rejections.copy()
-            limited = _scored_on(changed, roomy, possible, among)
-            if limited.fits.any():
-                scores, given_up, listed = limited, less, among
+            tried.append(_scored_on(changed, roomy, possible, among))
+            if tried[-1].fits.any():
+                scores, given_up, listed = tried[-1], less, among
                 break
-    check_room(question, scores, advise=advise)
+    check_room(question, tried, advise=advise)
     found = [scores]
     if _may_limit_buffers(question):
         found += _with_smaller_buffers(scores, possible, listed)

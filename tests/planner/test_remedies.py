@@ -10,7 +10,13 @@ from meshes.platform import load_platform
 from models.presets import preset
 from piperjax.planner.candidates import Question, Rejections, meshes
 from piperjax.planner.memory import RankMemory
-from piperjax.planner.remedies import check_room, largest_terms, least_bytes, nearest_that_fits
+from piperjax.planner.remedies import (
+    NARROW_GRADIENTS,
+    check_room,
+    largest_terms,
+    least_bytes,
+    nearest_that_fits,
+)
 from piperjax.planner.scoring import capacity_bytes, memory_of, score
 
 FRONTIER = load_platform("frontier")
@@ -66,10 +72,23 @@ def test_room_is_checked_against_the_leanest_plan():
     assert num_bytes == pytest.approx(scores.all_bytes(np.arange(len(scores.seconds))).min())
     lacking = (num_bytes - capacity_bytes(question)) / 2**30
     with pytest.raises(ValueError, match=f"{lacking:.1f} more than a device has; largest: "):
-        check_room(question, scores)
+        check_room(question, [scores])
     assert memory_of(scores, row).total == pytest.approx(num_bytes)
     fitting = asked()
-    check_room(fitting, scored(fitting))
+    check_room(fitting, [scored(fitting)])
+
+
+def test_the_leanest_plan_may_give_something_up():
+    question = asked("xmoe_large", 40)
+    with pytest.raises(ValueError) as plain:
+        check_room(question, [scored(question)], advise=False)
+    leaner = asked("xmoe_large", 40, **NARROW_GRADIENTS)
+    with pytest.raises(ValueError) as given_up:
+        check_room(question, [scored(question), scored(leaner)], advise=False)
+    sentences = [str(raised.value) for raised in (plain, given_up)]
+    needed = [float(re.search(r"needs ([\d.]+) GiB", sentence)[1]) for sentence in sentences]
+    assert needed[1] < needed[0]
+    assert "--" not in sentences[0] and ", --gradient-dtype bfloat16) needs" in sentences[1]
 
 
 @pytest.mark.parametrize(
