@@ -8,10 +8,11 @@ on the plan that the planner picks. Predictions come from the platform file alon
 it on a quiet machine.
 
 The speed of a processor that is shared drifts by more than what is to be shown, so all take turns: `measure` is stopped
-every minute, and every mesh takes a step. It runs twice. The median of a mesh's steps counts, and the geometric mean of
-the two predictions. What the planner picks is known after the first, and takes part from then on. Every mesh trains in
-a process of its own, as `train.py` would. Beside every step a product of fixed size is timed, whose range says how far
-the speed drifted.
+every now and then, and every mesh takes two steps, of which the second counts: steps of a training follow each other,
+and find memory and caches as the one before has left them. It runs twice. The median of a mesh's steps counts, and the
+geometric mean of the two predictions. What the planner picks is known after the first, and takes part from then on.
+Every mesh trains in a process of its own, as `train.py` would. Beside every turn a product of fixed size is timed, to
+say how far the speed drifted.
 
 `--steps` writes the measured seconds to a file, or reads what it has: only predictions change then, and the bars are
 not judged.
@@ -78,8 +79,8 @@ MESHES = (
         "vocabulary": "whole",
     },
 )
-# Seconds for which `measure` runs before it is stopped for steps; steps of every mesh where it does not run.
-TURN_SECONDS, STEPS = 60.0, 5
+# Seconds for which `measure` runs before it is stopped for steps; turns of every mesh where it does not run.
+TURN_SECONDS, TURNS = 75.0, 5
 WORST_BAR, RANK_BAR, CHOICE_BAR = 0.15, 0.9, 1.05
 
 
@@ -138,6 +139,7 @@ def _train(plan: Plan, turns: Connection) -> None:
     with suppress(EOFError):  # Nobody asks any more.
         while True:
             turns.recv()
+            training.seconds()
             turns.send(training.seconds())
 
 
@@ -164,7 +166,7 @@ class Steps:
         self.trainings[_name(plan)] = ours
 
     def take(self) -> None:
-        """One step of every plan that was started."""
+        """A turn of every plan that was started."""
         for name, training in self.trainings.items():
             self.references.append(reference_seconds())
             training.send(None)
@@ -237,13 +239,16 @@ def main() -> int:
     parser.add_argument("--platform", nargs="+", help="rates measured before, instead of measuring")
     parser.add_argument("--steps", type=Path, help="file of measured steps, written if it is not there")
     args = parser.parse_args()
-    platforms = [load_platform(name) for name in args.platform or ()]
+    try:
+        platforms = [load_platform(name) for name in args.platform or ()]
+    except ValueError as error:
+        parser.error(str(error))
     steps = Steps(args.steps)
     plans = make_plans(platforms[0] if platforms else load_platform("cpu8"))
     for plan in plans:
         steps.start(plan)
     chosen = _choice(platforms[0], steps) if platforms else None
-    for _ in range(STEPS if platforms else 0):
+    for _ in range(TURNS if platforms else 0):
         steps.take()
     while not args.platform and len(platforms) < (1 if args.quick else 2):
         for found in measured_in_turns(quick=args.quick):

@@ -20,12 +20,12 @@ from models.attention import causal_attention
 from piperjax.planner.calibration import AttentionSample, BytesSample, ElementwiseSample, ProductSample
 from piperjax.runtime.elementwise_benchmarks import BODIES, elementwise_operands
 from piperjax.runtime.grouped_matmul import grouped_matmul
-from piperjax.runtime.stopwatch import Body, Stopwatch, line_of, looped, operand
+from piperjax.runtime.stopwatch import Body, Stopwatch, line_of, looped, looped_over_stack, operand
 
 # Operations of a round when the cost of a single one is measured.
 CHAIN = 16
-# Sets of operands between which products alternate, at most.
-MOST_OPERANDS = 64
+# Sets of operands that products and elementwise work go through, at most: each is a part of the program.
+MOST_SETS = 16
 # Features of a row that elementwise work goes through.
 STREAM_WIDTH = 256
 
@@ -64,7 +64,8 @@ class Shapes:
       layers: forward, input gradient and weight gradient are three products each.
       heads: attention, forward and backward.
       stream_bytes: of the arrays that elementwise work reads.
-      working_bytes: of all arrays between which it alternates, on one device; more than caches hold.
+      working_bytes: of all arrays that a benchmark goes through in turn, of all devices where these are simulated and
+        share caches, else of one; more than caches hold, as all that a step goes through is.
       copy_bytes: of the arrays that are copied to a device and back.
       fresh_bytes: of the arrays for which a program takes memory.
       elementwise_bytes: of one array of the kinds of elementwise work that have rates of their own.
@@ -113,7 +114,7 @@ _CPU = Shapes(
     ),
     heads=_listed(Heads, "2x64x4x32 2x256x4x32 1x256x4x64 8x32x4x16 4x128x8x32 1x1024x4x32 1x512x4x128"),
     stream_bytes=(2**15, 2**19, 2**22, 2**17, 2**21, 2**24),
-    working_bytes=2**25,
+    working_bytes=2**30,
     copy_bytes=(2**20, 2**23, 2**16, 2**26),
     dtypes=("float32", "bfloat16"),
     fresh_bytes=(2**26,),
@@ -140,7 +141,8 @@ _GPU = Shapes(
 
 def compute_tasks(shapes: Shapes, stopwatch: Stopwatch, devices: Sequence[jax.Device]) -> Iterator[Task]:
     """The benchmarks of the devices of one process."""
-    bench = _Bench(stopwatch, tuple(devices))
+    sharing = len(devices) if devices[0].platform == "cpu" else 1
+    bench = _Bench(stopwatch, tuple(devices), shapes.working_bytes // sharing)
     yield Task("call_seconds", "call", bench.call)
     yield Task("launch_seconds", "operations", bench.launch)
     for at, dtype in enumerate(shapes.dtypes):
@@ -149,9 +151,7 @@ def compute_tasks(shapes: Shapes, stopwatch: Stopwatch, devices: Sequence[jax.De
                 label = (
                     f"{dtype} {'experts' if layer.groups else 'dense'} {'x'.join(map(str, layer[:3]))} {part}"
                 )
-                yield Task(
-                    "products", label, lambda a=(layer, part, dtype): bench.product(*a, shapes.working_bytes)
-                )
+                yield Task("products", label, lambda a=(layer, part, dtype): bench.product(*a))
         for heads in shapes.heads[:: 1 if at == 0 else 3]:
             label = f"{dtype} attention of {heads.seq_len} x {heads.head_dim}"
             yield Task("attention", label, lambda a=(heads, dtype): bench.attention(*a))
@@ -167,9 +167,7 @@ def compute_tasks(shapes: Shapes, stopwatch: Stopwatch, devices: Sequence[jax.De
 def _tasks_of_bytes(shapes: Shapes, bench: "_Bench") -> Iterator[Task]:
     """The benchmarks of what costs by the byte."""
     for size in shapes.stream_bytes:
-        yield Task(
-            "streams", f"elementwise, {size:,} bytes", lambda a=size: bench.stream(a, shapes.working_bytes)
-        )
+        yield Task("streams", f"elementwise, {size:,} bytes", lambda a=size: bench.stream(a))
     for kind in BODIES:
         for size in shapes.elementwise_bytes:
             yield Task(
@@ -187,6 +185,7 @@ def _tasks_of_bytes(shapes: Shapes, bench: "_Bench") -> Iterator[Task]:
 class _Bench:
     stopwatch: Stopwatch
     devices: tuple[jax.Device, ...]
+    working_bytes: int
 
     def call(self) -> float:
         mesh = line_of(self.devices)
@@ -203,16 +202,13 @@ class _Bench:
 
         return self.stopwatch.seconds(looped(body, mesh), operand(mesh, (256,)), operations=CHAIN)
 
-    def product(self, layer: Layer, part: str, dtype: str, working_bytes: int) -> list[ProductSample]:
+    def product(self, layer: Layer, part: str, dtype: str) -> list[ProductSample]:
         """One product, in the shape that rates are stated for: rows, columns, depth.
 
         Each has its own operands, as every layer has its own weights; those of one alone would stay in a cache.
         """
         body, operands, (m, n, k) = _product(layer, part, dtype)
-        size = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in operands)
-        number = min(MOST_OPERANDS, max(2, working_bytes // size))
-        stacked = [((number, *shape), dtype) for shape, dtype in operands]
-        seconds = self._seconds(body, stacked, self.devices, sets=number)
+        seconds = self._seconds(body, operands, self.devices, sets=self._sets(body, operands))
         return [ProductSample(m, n, k, layer.groups, dtype, part == "weight gradient", seconds)]
 
     def alone(self, layer: Layer) -> list[tuple[float, float]]:
@@ -242,29 +238,31 @@ class _Bench:
             AttentionSample(flop, S, H, dtype, True, total),
         ]
 
-    def stream(self, num_bytes: int, working_bytes: int) -> list[BytesSample]:
+    def stream(self, num_bytes: int) -> list[BytesSample]:
         """Normalises one array after the other, as many as a step goes through before it comes back to the first.
 
         One array alone would stay in a cache, and be several times as fast.
         """
         rows = max(1, num_bytes // (4 * STREAM_WIDTH))
-        arrays = max(2, working_bytes // num_bytes)
+        arrays = max(2, self.working_bytes // num_bytes)
 
         def normalise(x: jax.Array) -> jax.Array:
             return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
 
-        shape = (arrays, rows, STREAM_WIDTH)
-        seconds = self._seconds(normalise, [(shape, "float32")], self.devices, sets=arrays)
+        mesh = line_of(self.devices)
+        stack = operand(mesh, (arrays, rows, STREAM_WIDTH))
+        seconds = self.stopwatch.seconds(looped_over_stack(normalise, mesh, sets=arrays), stack)
         return [BytesSample(2.0 * 4 * rows * STREAM_WIDTH, seconds)]
 
     def elementwise(self, kind: str, num_bytes: int) -> list[ElementwiseSample]:
-        """One of the kinds of work that have a rate of their own, on arrays as they are.
+        """One of the kinds of work that have a rate of their own, on arrays that a cache has forgotten.
 
-        Taken from among many, as those of `stream`, they would be cut out by the kernel itself, which then computes
-        several times as slowly. Those of all devices are more than the caches of a core hold.
+        Cut out of a stack, as those of `stream` are, they would be so by the kernel itself, which then computes several
+        times as slowly.
         """
         body = BODIES[kind]
-        seconds = self._seconds(body.run, elementwise_operands(body, num_bytes), self.devices)
+        operands = elementwise_operands(body, num_bytes)
+        seconds = self._seconds(body.run, operands, self.devices, sets=self._sets(body.run, operands))
         return [ElementwiseSample(kind, float(body.num_arrays * num_bytes), seconds)]
 
     def fresh(self, num_bytes: int) -> list[BytesSample]:
@@ -290,18 +288,19 @@ class _Bench:
             taken.append((time.perf_counter() - start) / 2)
         return [BytesSample(float(num_bytes), statistics.median(taken[1:]))]
 
+    def _sets(self, body: Body, operands: Sequence[tuple]) -> int:
+        """Sets of operands with their results that are more than caches hold."""
+        given = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in operands]
+        arrays = jax.tree.leaves((given, jax.eval_shape(body, *given)))
+        size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+        return min(MOST_SETS, max(2, self.working_bytes // size))
+
     def _seconds(
-        self,
-        body: Body,
-        operands: Sequence[tuple],
-        devices: Sequence[jax.Device],
-        *,
-        sets: int | None = None,
+        self, body: Body, operands: Sequence[tuple], devices: Sequence[jax.Device], *, sets: int = 1
     ) -> float:
         mesh = line_of(devices)
-        return self.stopwatch.seconds(
-            looped(body, mesh, sets=sets), *(operand(mesh, shape, dtype) for shape, dtype in operands)
-        )
+        arrays = (operand(mesh, shape, dtype) for shape, dtype in sets * list(operands))
+        return self.stopwatch.seconds(looped(body, mesh, sets=sets), *arrays, operations=sets)
 
 
 def _product(layer: Layer, part: str, dtype: str) -> tuple[Body, list[tuple], tuple[int, int, int]]:

@@ -80,7 +80,7 @@ def line_of(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.asarray(devices), (DEVICE,), axis_types=(AxisType.Auto,))
 
 
-def looped(body: Body, mesh: Mesh, *, sets: int | None = None) -> Program:
+def looped(body: Body, mesh: Mesh, *, sets: int = 1) -> Program:
     """Returns the program that runs `body` again and again on every device of a mesh.
 
     `body` is per device: it takes the operands and returns arrays. A compiler leaves out what nobody reads, and may
@@ -91,29 +91,61 @@ def looped(body: Body, mesh: Mesh, *, sets: int | None = None) -> Program:
     Args:
       body: what is timed.
       mesh: devices that run it at once.
-      sets: rounds take turns between so many sets of operands, two or more, which are [devices, sets, ...] then; None
-        for a single set without that dimension, which stays in a cache if it fits there.
+      sets: sets of operands that a round goes through one after the other; the program takes those of the first, then
+        those of the second, and so on. A single set stays in a cache if it fits there.
+    """
+
+    def run(number, carry, own):
+        firsts, results, corner = [], [], number.astype(jnp.float32)
+        for first, operands in zip(carry[0], _groups(own, sets), strict=True):
+            firsts.append(_touch(first, corner))
+            results.append(body(firsts[-1], *operands[1:]))
+            corner = _corner(results[-1])  # The next set waits for it.
+        return firsts, results
+
+    def begin(own):
+        groups = _groups(own, sets)
+        return [first for first, *_ in groups], [jax.eval_shape(body, *group) for group in groups]
+
+    return _program(mesh, run, begin)
+
+
+def looped_over_stack(body: Body, mesh: Mesh, *, sets: int) -> Program:
+    """The same where rounds take turns between many sets of operands, [devices, sets, ...] each.
+
+    They are cut out of the stack, by a copy or within the kernel that reads them.
+    """
+
+    def run(number, carry, own):
+        # The operands are not carried, so not copied.
+        picked = (lax.dynamic_index_in_dim(stack, number % sets, keepdims=False) for stack in own)
+        return carry[0], body(*picked)
+
+    def begin(own):
+        return jnp.zeros((), jnp.int32), jax.eval_shape(body, *(stack[0] for stack in own))
+
+    return _program(mesh, run, begin)
+
+
+def _program(mesh: Mesh, run: Callable, begin: Callable) -> Program:
+    """The loop: `run` makes (what changes, results) from the round, those before and the operands of a device.
+
+    `begin` says what changes at first, and what results look like.
     """
     axes = mesh.axis_names
 
     def per_device(rounds: jax.Array, *operands: jax.Array) -> jax.Array:
         own = tuple(operand[(0,) * len(axes)] for operand in operands)
-
-        def again(number, carry):
-            first = _touch(carry[0], number)
-            return first, vary(body(first, *own[1:]), axes)
-
-        def again_in_turns(number, carry):
-            # The operands are not carried, so not copied.
-            picked = (lax.dynamic_index_in_dim(stack, number % sets, keepdims=False) for stack in own)
-            return carry[0], vary(body(*picked), axes)
-
-        shapes = jax.eval_shape(body, *(own if sets is None else (stack[0] for stack in own)))
-        nothing = jax.tree.map(lambda result: vary(jnp.zeros(result.shape, result.dtype), axes), shapes)
-        first = own[0] if sets is None else vary(jnp.zeros((), jnp.int32), axes)
-        run = again if sets is None else again_in_turns
-        first, results = lax.fori_loop(jnp.int32(0), rounds, run, (first, nothing))
-        last = jnp.ravel(first)[0] + sum(0 * jnp.sum(result) for result in jax.tree.leaves(results))
+        first, shapes = begin(own)
+        nothing = jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), shapes)
+        first, results = lax.fori_loop(
+            jnp.int32(0),
+            rounds,
+            lambda number, carry: vary(run(number, carry, own), axes),
+            vary((first, nothing), axes),
+        )
+        last = sum(jnp.ravel(x)[0] for x in jax.tree.leaves(first))
+        last = last + sum(0 * jnp.sum(result) for result in jax.tree.leaves(results))
         return jnp.reshape(last, (1,) * len(axes))
 
     spec = P(*axes)
@@ -125,10 +157,20 @@ def looped(body: Body, mesh: Mesh, *, sets: int | None = None) -> Program:
     return jax.jit(program)
 
 
+def _groups(own: Sequence[jax.Array], sets: int) -> list[Sequence[jax.Array]]:
+    each = len(own) // sets
+    return [own[at : at + each] for at in range(0, len(own), each)]
+
+
+def _corner(results: Any) -> jax.Array:
+    first = jax.tree.leaves(results)[0]
+    return first[(0,) * first.ndim].astype(jnp.float32)
+
+
 def _touch(x: jax.Array, number: jax.Array) -> jax.Array:
-    """`x`, with an element to which a number is added, times nothing."""
+    """`x`, with an element to which a number, float32, is added, times nothing."""
     origin = (0,) * x.ndim
-    nothing = (0 * number.astype(jnp.float32)).astype(x.dtype)
+    nothing = (0 * number).astype(x.dtype)
     return lax.dynamic_update_slice(x, jnp.reshape(x[origin] + nothing, (1,) * x.ndim), origin)
 
 

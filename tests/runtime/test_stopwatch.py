@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from piperjax.runtime import stopwatch as watch
-from piperjax.runtime.stopwatch import Stopwatch, line_of, looped, operand
+from piperjax.runtime.stopwatch import Stopwatch, line_of, looped, looped_over_stack, operand
 
 
 @pytest.fixture
@@ -75,7 +75,21 @@ def test_a_loop_runs_its_rounds_on_every_device(num_devices):
     assert len(calls) == 7 * num_devices
 
 
-def test_rounds_take_turns_between_sets_of_operands():
+def test_a_round_goes_through_all_sets_of_operands():
+    mesh = line_of(jax.devices()[:2])
+    seen = []
+
+    def body(x, y):
+        jax.debug.callback(lambda x, y: seen.append((float(x[0]), float(y[0]))), x, y)
+        return x + y
+
+    arrays = [jnp.full((2, 4), value) for value in (0.0, 10.0, 1.0, 11.0, 2.0, 12.0)]
+    jax.block_until_ready(looped(body, mesh, sets=3)(np.int32(2), *arrays))
+    jax.effects_barrier()
+    assert sorted(seen) == sorted(2 * 2 * [(turn, 10.0 + turn) for turn in (0.0, 1.0, 2.0)])
+
+
+def test_rounds_take_turns_between_sets_of_operands_in_a_stack():
     mesh = line_of(jax.devices()[:2])
     seen = []
 
@@ -84,19 +98,25 @@ def test_rounds_take_turns_between_sets_of_operands():
         return x + y
 
     x, y = (jnp.tile(jnp.arange(3.0).reshape(1, 3, 1) + start, (2, 1, 4)) for start in (0, 10))
-    jax.block_until_ready(looped(body, mesh, sets=3)(np.int32(5), x, y))
+    jax.block_until_ready(looped_over_stack(body, mesh, sets=3)(np.int32(5), x, y))
     jax.effects_barrier()
     assert sorted(seen) == sorted(2 * [(turn, 10.0 + turn) for turn in (0.0, 1.0, 2.0, 0.0, 1.0)])
 
 
-@pytest.mark.parametrize("sets", [None, 2])
+@pytest.mark.parametrize("sets", [1, 2, None])
 def test_nothing_is_left_out_because_nobody_reads_it(sets):
     """The whole result is computed in every round, not only the element for which the next one waits."""
     mesh = line_of(jax.devices()[:1])
-    x = operand(mesh, (3, 5) if sets is None else (sets, 3, 5))
-    program = looped(lambda x: (jnp.exp(x), x + 1), mesh, sets=sets)
-    text = program.lower(np.int32(2), x).compile().as_text()
-    assert re.findall(r"= f32\[(?:1,)?([\d,]*)\]\S* exponential\(", text) == ["3,5"]
+
+    def body(x):
+        return jnp.exp(x), x + 1
+
+    if sets is None:
+        program, operands = looped_over_stack(body, mesh, sets=2), [operand(mesh, (2, 3, 5))]
+    else:
+        program, operands = looped(body, mesh, sets=sets), sets * [operand(mesh, (3, 5))]
+    text = program.lower(np.int32(2), *operands).compile().as_text()
+    assert re.findall(r"= f32\[(?:1,)?([\d,]*)\]\S* exponential\(", text) == (sets or 1) * ["3,5"]
 
 
 def test_operands_are_small_and_of_both_signs():
