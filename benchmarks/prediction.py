@@ -80,7 +80,7 @@ MESHES = (
     },
 )
 # Seconds for which `measure` runs before it is stopped for steps; turns of every mesh where it does not run.
-TURN_SECONDS, TURNS = 75.0, 5
+TURN_SECONDS, TURNS = 120.0, 5
 WORST_BAR, RANK_BAR, CHOICE_BAR = 0.15, 0.9, 1.05
 
 

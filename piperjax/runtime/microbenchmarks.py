@@ -25,7 +25,7 @@ from piperjax.runtime.stopwatch import Body, Stopwatch, line_of, looped, looped_
 # Operations of a round when the cost of a single one is measured.
 CHAIN = 16
 # Sets of operands that products and elementwise work go through, at most: each is a part of the program.
-MOST_SETS = 16
+MOST_SETS = 8
 # Features of a row that elementwise work goes through.
 STREAM_WIDTH = 256
 

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ class Stopwatch:
 
     Attributes:
       repeats: times that are taken of everything; the median counts.
-      target_seconds: about the length of one of them; a loop runs as often as that allows, and twice at least.
+      target_seconds: about the length of one of them; a loop runs as often as that allows.
       agree: makes all processes use one number, as loops with collectives in them must.
     """
 
@@ -39,16 +40,17 @@ class Stopwatch:
         """Seconds of one operation of a program.
 
         The program takes the number of rounds and the operands, and every round has `operations`. What a call costs
-        beside its rounds is the time of a single round, and is taken off.
+        beside its rounds is the time of a single round, or of none where a round is many operations, and is taken off.
         """
+        least = 0 if operations > 1 else 1
         self._once(program, 1, operands)
-        rounds = self._rounds(program, operands)
+        rounds = self._rounds(program, operands, least)
         taken = []
         for _ in range(self.repeats):
-            short = self._once(program, 1, operands)
-            long = self._once(program, 1 + rounds, operands)
+            short = self._once(program, least, operands)
+            long = self._once(program, least + rounds, operands)
             # Where the difference is lost in the scatter of calls, it is no more than all of it.
-            taken.append((long - short) / rounds if long > short else long / (1 + rounds))
+            taken.append((long - short) / rounds if long > short else long / (least + rounds))
         return statistics.median(taken) / operations
 
     def call_seconds(self, program: Program, *operands: Any) -> float:
@@ -56,17 +58,18 @@ class Stopwatch:
         self._once(program, 1, operands)
         return statistics.median(self._once(program, 1, operands) for _ in range(4 * self.repeats))
 
-    def _rounds(self, program: Program, operands: Sequence[Any]) -> int:
+    def _rounds(self, program: Program, operands: Sequence[Any], least: int) -> int:
         """Rounds that take about as long as wanted: more and more of them until the call is no longer what counts."""
-        single = min(self._once(program, 1, operands) for _ in range(2))
-        rounds, taken = 2, 0.0
+        short = min(self._once(program, least, operands) for _ in range(2))
+        fewest = rounds = 1 + least
+        taken = 0.0
         while rounds < MOST_ROUNDS:
-            taken = self._once(program, 1 + rounds, operands) - single
+            taken = self._once(program, least + rounds, operands) - short
             if self.agree(int(taken > self.target_seconds / 4)):
                 break
             rounds *= 4
         scale = self.target_seconds / taken if taken > 0 else 1.0
-        return self.agree(int(np.clip(rounds * scale, 2, MOST_ROUNDS)))
+        return self.agree(int(np.clip(rounds * scale, fewest, MOST_ROUNDS)))
 
     @staticmethod
     def _once(program: Program, rounds: int, operands: Sequence[Any]) -> float:
@@ -176,12 +179,17 @@ def _touch(x: jax.Array, number: jax.Array) -> jax.Array:
 
 def operand(mesh: Mesh, shape: Sequence[int], dtype: str = "float32") -> jax.Array:
     """An array of `shape` on every device of the mesh: small numbers of both signs, made where they are needed."""
-    axes = mesh.axis_names
-    sharding = NamedSharding(mesh, P(*axes))
+    return _filling(mesh, tuple(shape), dtype)()
+
+
+@lru_cache(maxsize=64)
+def _filling(mesh: Mesh, shape: tuple[int, ...], dtype: str) -> Callable[[], jax.Array]:
+    """The program that makes an operand; every set has one of that shape."""
+    sharding = NamedSharding(mesh, P(*mesh.axis_names))
 
     def fill() -> jax.Array:
         size = int(np.prod(shape))
         values = jnp.reshape((jnp.arange(size) % 31 - 15) / 64, shape).astype(dtype)
         return jnp.broadcast_to(values, (*mesh.devices.shape, *shape))
 
-    return jax.jit(fill, out_shardings=sharding)()
+    return jax.jit(fill, out_shardings=sharding)
