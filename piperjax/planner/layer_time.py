@@ -2,8 +2,8 @@
 
 Backward computes two products for every product of forward, and before them what the memory mode did not keep
 (`runtime/passes.py`). A layer with experts exchanges rows with the devices that share them: 2 all-to-alls forward, and
-backward 2, or 3 where it needs what experts received again, or 5 where whole stages are run again. Implementations that
-weigh what experts return repeat 2 instead of 1.
+backward 2, or 3 where it needs what experts received again, or 5 where whole stages are run again, but for the last
+layer of each (`plan.LAST_LAYER_MODES`). Implementations that weigh what experts return repeat 2 instead of 1.
 """
 
 from dataclasses import dataclass, fields

@@ -221,6 +221,27 @@ def test_what_products_keep_of_attention_in_blocks_saves_its_forward(monkeypatch
     assert work_of(compiled, executor).flop == pytest.approx(executed_flop(config, executor.plan))
 
 
+@pytest.mark.parametrize("stages", [(2, 2), (1, 3), (1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "config", [dense_model(d_model=32, d_ff=64), moe_model(d_model=32)], ids=["dense", "moe"]
+)
+def test_a_stage_is_run_again_but_for_its_last_layer(config, stages):
+    # With one layer in every stage nothing is run again but by the layers' own backwards, as in mode "layer".
+    work = {}
+    for memory_mode in ("stage", "layer"):
+        executor = make_executor(
+            config,
+            pipe=len(stages),
+            num_microbatches=4,
+            layers_per_stage=stages,
+            memory_mode=memory_mode,
+        )
+        work[memory_mode] = work_of(compiled_step(executor), executor).flop
+        expected = executed_flop(config, executor.plan, backend="cpu")
+        assert work[memory_mode] == pytest.approx(expected, rel=1e-3), memory_mode
+    assert (work["stage"] > work["layer"]) == (max(stages) > 1)
+
+
 def test_no_operation_of_a_layer_slices_the_batch_anew():
     # One layer per stage: there is no loop out of which the compiler could take it.
     executor = make_executor(moe_model(num_layers=4), pipe=4, num_microbatches=8, microbatch_size=2)
