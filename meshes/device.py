@@ -51,6 +51,8 @@ class Products:
       half_depth: k at which the rate is half.
       weight_gradient_fraction: rate of a weight gradient, which sums over rows, over that of any other product of its
         shape, by dtype name; 1 where it is not given.
+      weight_gradient_half_depth: rows at which a weight gradient has half its rate, as it writes its result however few
+        there are; None if that is `half_depth`.
       smallest_flop: FLOP of the smallest product that was measured; None where no range is known.
       largest_flop: of the largest.
       provenance: where the numbers come from.
@@ -61,6 +63,7 @@ class Products:
     half_columns: float = 0.0
     half_depth: float = 0.0
     weight_gradient_fraction: Mapping[str, float] = field(default_factory=dict, hash=False)
+    weight_gradient_half_depth: float | None = None
     smallest_flop: float | None = None
     largest_flop: float | None = None
     provenance: Provenance = "assumed"
@@ -72,12 +75,17 @@ class Products:
         )
         for name in ("half_rows", "half_columns", "half_depth"):
             check_size(f"{name}", getattr(self, name))
+        if self.weight_gradient_half_depth is not None:
+            check_size("weight_gradient_half_depth", self.weight_gradient_half_depth)
         check_range("the range of FLOP", self.smallest_flop, self.largest_flop)
         check_provenance("its", self.provenance)
 
     def fraction(self, m: Any, n: Any, k: Any, *, dtype: str, weight_gradient: bool = False) -> Any:
         """Part of the peak that the product reaches; numbers or arrays."""
-        shape = m / (m + self.half_rows) * (n / (n + self.half_columns)) * (k / (k + self.half_depth))
+        depth = self.half_depth
+        if weight_gradient and self.weight_gradient_half_depth is not None:
+            depth = self.weight_gradient_half_depth
+        shape = m / (m + self.half_rows) * (n / (n + self.half_columns)) * (k / (k + depth))
         kind = self.weight_gradient_fraction.get(dtype, 1.0) if weight_gradient else 1.0
         return self.efficiency[dtype] * kind * shape
 

@@ -236,8 +236,9 @@ def _with_products(
     is_weight = np.array([s.weight_gradient for s in samples])
 
     def law(values: np.ndarray) -> np.ndarray:
-        rows, columns, depth = values[:3]
-        rates, parts = np.split(values[3:], 2)
+        rows, columns, depth, weight_depth = values[:4]
+        depth = np.where(is_weight, weight_depth, depth)
+        rates, parts = np.split(values[4:], 2)
         rate = np.minimum(rates, limits)[which] * np.where(is_weight, parts[which], 1.0)
         return (
             2 * np.maximum(groups, 1) * (m + rows) * (n + columns) * (k + depth) / rate
@@ -245,9 +246,9 @@ def _with_products(
         )
 
     fit = fit_positive(
-        law, seconds, [16.0, 16.0, 16.0, *(1.2 * rate for rate in fastest), *(1.0 for _ in dtypes)]
+        law, seconds, [16.0, 16.0, 16.0, 16.0, *(1.2 * rate for rate in fastest), *(1.0 for _ in dtypes)]
     )
-    found, parts = np.split(np.array(fit.values[3:]), 2)
+    found, parts = np.split(np.array(fit.values[4:]), 2)
     rates = dict(zip(dtypes, np.minimum(found, limits), strict=True))
     peaks = dict(device.peak_flop_per_second) if keep_peak or table == "grouped_matmul" else {}
     for dtype, rate, seen in zip(dtypes, rates.values(), fastest, strict=True):
@@ -259,6 +260,7 @@ def _with_products(
         half_columns=_rounded(fit.values[1]),
         half_depth=_rounded(fit.values[2]),
         weight_gradient_fraction=dict(zip(dtypes, map(_rounded, parts), strict=True)),
+        weight_gradient_half_depth=_rounded(fit.values[3]) if is_weight.any() else None,
         smallest_flop=min(flop),
         largest_flop=max(flop),
         provenance="measured",

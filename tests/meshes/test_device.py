@@ -58,6 +58,18 @@ def test_weight_gradients_have_a_rate_of_their_own():
     assert device.product_seconds(64, 64, 64, dtype="float32", weight_gradient=True) == pytest.approx(
         2 * usual
     )
+
+
+def test_weight_gradients_of_few_rows_write_as_much_as_those_of_many():
+    slow = replace(PRODUCTS, weight_gradient_half_depth=75)
+    device = replace(DEVICE, matmul=slow, launch_seconds=0.0)
+    few, more = (
+        device.product_seconds(64, 64, rows, dtype="float32", weight_gradient=True) for rows in (25, 125)
+    )
+    assert more == pytest.approx(2 * few)
+    # Others as before.
+    before = replace(device, matmul=PRODUCTS).product_seconds(64, 64, 25, dtype="float32")
+    assert device.product_seconds(64, 64, 25, dtype="float32") == before
     assert PRODUCTS.fraction(8, 8, 8, dtype="float32", weight_gradient=True) == PRODUCTS.fraction(
         8, 8, 8, dtype="float32"
     )

@@ -31,6 +31,7 @@ TRUE = Device(
         half_rows=24,
         half_columns=40,
         half_depth=12,
+        weight_gradient_half_depth=90,
     ),
     grouped_matmul=Products(
         efficiency={"bfloat16": 0.5, "float32": 0.6}, half_rows=60, half_columns=20, half_depth=8
