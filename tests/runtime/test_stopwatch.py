@@ -75,14 +75,20 @@ def test_a_loop_runs_its_rounds_on_every_device(num_devices):
     assert len(calls) == 7 * num_devices
 
 
-def test_a_round_goes_through_all_sets_of_operands():
-    mesh = line_of(jax.devices()[:2])
+def recorded():
+    """A body, and the first elements of the operands with which it ran."""
     seen = []
 
     def body(x, y):
         jax.debug.callback(lambda x, y: seen.append((float(x[0]), float(y[0]))), x, y)
         return x + y
 
+    return body, seen
+
+
+def test_a_round_goes_through_all_sets_of_operands():
+    mesh = line_of(jax.devices()[:2])
+    body, seen = recorded()
     arrays = [jnp.full((2, 4), value) for value in (0.0, 10.0, 1.0, 11.0, 2.0, 12.0)]
     jax.block_until_ready(looped(body, mesh, sets=3)(np.int32(2), *arrays))
     jax.effects_barrier()
@@ -91,12 +97,7 @@ def test_a_round_goes_through_all_sets_of_operands():
 
 def test_rounds_take_turns_between_sets_of_operands_in_a_stack():
     mesh = line_of(jax.devices()[:2])
-    seen = []
-
-    def body(x, y):
-        jax.debug.callback(lambda x, y: seen.append((float(x[0]), float(y[0]))), x, y)
-        return x + y
-
+    body, seen = recorded()
     x, y = (jnp.tile(jnp.arange(3.0).reshape(1, 3, 1) + start, (2, 1, 4)) for start in (0, 10))
     jax.block_until_ready(looped_over_stack(body, mesh, sets=3)(np.int32(5), x, y))
     jax.effects_barrier()
