@@ -10,7 +10,7 @@ from jax import lax
 from meshes.mesh import build_mesh
 from models import transformer
 from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
-from models.layers import LayerContext
+from models.layers import LayerContext, rotation
 from piperjax.planner.plan import Plan
 from piperjax.runtime.dispatch import make_experts
 from piperjax.runtime.executor import Executor
@@ -115,11 +115,13 @@ def plain_step(config: ModelConfig, *, memory_mode: str = "layer"):
     mode = MEMORY_MODES[memory_mode]
 
     def microbatch_loss(params, bias, rows, scale, num_microbatches):
+        turn = rotation(rows["positions"], *config.kinds[kind].attention.rotary)
+
         def body(carry, inputs):
             x, aux = carry
             weights, layer_bias = inputs
             context = LayerContext(
-                positions=rows["positions"],
+                rotation=lambda *_: turn,
                 segment_ids=rows["segment_ids"],
                 router_bias=layer_bias,
                 experts=experts,

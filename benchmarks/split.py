@@ -7,6 +7,7 @@ product is visible to the compiler's count. Bytes are what waits between the pas
 """
 
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from meshes.axes import AXES
 from meshes.mesh import build_mesh
 from models import transformer
 from models.config import ModelConfig
+from models.layers import rotation
 from piperjax.planner.plan import MEMORY_MODES as NAMES
 from piperjax.runtime.passes import MEMORY_MODES, LayerPasses, Surroundings
 from piperjax.runtime.varying import vary
@@ -36,9 +38,10 @@ def passes_of(config: ModelConfig, mode: str, x: jax.Array) -> tuple[LayerPasses
     stacked = transformer.init_layers(config, kind, np.zeros(1, np.int32), 0)
     weights = vary(jax.tree.map(lambda leaf: leaf[0].astype(x.dtype), stacked))
     B, S, _ = x.shape
+    rotary, positions = config.kinds[kind].attention.rotary, jnp.broadcast_to(jnp.arange(S), (B, S))
     surroundings = vary(
         Surroundings(
-            jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S)),
+            {rotary: rotation(positions, *rotary)},
             jnp.ones((B, S), jnp.int32),
             jnp.zeros(max(config.num_experts, 1), jnp.float32),
         )
@@ -46,7 +49,10 @@ def passes_of(config: ModelConfig, mode: str, x: jax.Array) -> tuple[LayerPasses
     passes = LayerPasses(
         transformer.layer_function(config, kind),
         MEMORY_MODES[mode].policy,
-        lambda surroundings: transformer.reference_context(*surroundings.arrays()),
+        lambda surroundings: replace(
+            transformer.reference_context(positions, surroundings.segment_ids, surroundings.router_bias),
+            rotation=lambda *key: surroundings.rotations[key],
+        ),
         weights,
         vary(x),
         surroundings,

@@ -98,8 +98,8 @@ class Attention(nnx.Module):
         if self.config.qk_norm != "none":
             query = self._norm(query, self.query_norm[...])
             key = self._norm(key, self.key_norm[...])
-        query = rotary(query, context.positions, self.config.rope_theta)
-        key = rotary(key, context.positions, self.config.rope_theta)
+        turn = context.rotation(*self.config.rotary)
+        query, key = rotary(query, turn), rotary(key, turn)
         y = causal_attention(query, key, value, context.segment_ids)
         y = jnp.einsum("bsnh,nhd->bsd", y, self.output[...])
         return y + self.output_bias[...][None, None] if self.config.bias == "all" else y

@@ -57,6 +57,11 @@ class GroupedQueryAttention:
             )
         check_even(self, "head_dim")
 
+    @property
+    def rotary(self) -> tuple[int, float]:
+        """(H, theta): all that rotary positions depend on."""
+        return self.head_dim, self.rope_theta
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentAttention:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,13 @@ from models.config import DenseFFN
 ExpertFFN = Callable[..., jax.Array]
 
 
+class Rotation(NamedTuple):
+    """By which angles rotary positions turn the pairs of features of every token, [B, S, 1, H/2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerContext:
     """What a layer is told about its microbatch and its surroundings; closed over, never differentiated.
@@ -19,7 +27,8 @@ class LayerContext:
     The three functions are all that a layer knows of a mesh.
 
     Attributes:
-      positions: [B, S] int32, position of a token in its document.
+      rotation: (H, theta) -> `Rotation` of the positions that tokens have in their documents. It is the same in every
+        layer, so whoever runs several makes it once for all: sines take as long as dozens of products.
       segment_ids: [B, S] int32, equal for tokens of one document.
       router_bias: [E] float32, the balancing bias of this layer.
       experts: (expert_ffn, x [T, D], expert_ids [T, k] int32, gates [T, k], num_experts)
@@ -32,7 +41,7 @@ class LayerContext:
       num_shards: number of those devices.
     """
 
-    positions: jax.Array
+    rotation: Callable[[int, float], Rotation]
     segment_ids: jax.Array
     router_bias: jax.Array
     experts: Callable[[ExpertFFN, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
@@ -62,18 +71,27 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (wide * inverse * scale).astype(x.dtype)
 
 
-def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Turns the pairs (i, i + H/2) of the last dimension by position * theta^(-2i/H) (RoFormer, 3.4.2).
+def rotation(
+    positions: jax.Array, width: int, theta: float, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Rotation:
+    """Angles position * theta^(-2i/H) for pair i of heads `width` H wide (RoFormer, arXiv:2104.09864, 3.4.2).
 
-    `x` is [B, S, N, H], `positions` [B, S]. Halves are paired as in published checkpoints, not neighbours.
+    `positions` is [B, S] int32. Computed in at least float32.
     """
-    wide = at_least_float32(x.dtype)
-    half = x.shape[-1] // 2
+    wide, half = at_least_float32(dtype), width // 2
     frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
     angles = positions.astype(wide)[:, :, None, None] * frequencies.reshape(1, 1, 1, half)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(wide), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotary(x: jax.Array, turn: Rotation) -> jax.Array:
+    """Turns the pairs (i, i + H/2) of the last dimension of `x` [B, S, N, H]; the result has its dtype.
+
+    Halves are paired as in published checkpoints, not neighbours.
+    """
+    first, second = jnp.split(x.astype(turn.cos.dtype), 2, axis=-1)
+    halves = first * turn.cos - second * turn.sin, second * turn.cos + first * turn.sin
+    return jnp.concatenate(halves, axis=-1).astype(x.dtype)
 
 
 def activate(hidden: jax.Array, num_matrices: int) -> jax.Array:

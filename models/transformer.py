@@ -21,7 +21,15 @@ from flax import nnx
 from models import initial
 from models.attention import Attention
 from models.config import DenseFFN, LayerConfig, ModelConfig, MoEFFN
-from models.layers import ExpertFFN, FeedForward, LayerContext, at_least_float32, parameter, rms_norm
+from models.layers import (
+    ExpertFFN,
+    FeedForward,
+    LayerContext,
+    at_least_float32,
+    parameter,
+    rms_norm,
+    rotation,
+)
 from models.moe import MixtureOfExperts, Stats
 
 Params = dict[str, Any]
@@ -188,7 +196,7 @@ def forward(
         layer_params = jax.tree.map(lambda leaf, row=row: leaf[row], params["layers"][kind])
         is_moe = index in config.moe_layers
         bias = router_bias[len(loads)] if is_moe else jnp.zeros(config.num_experts, jnp.float32)
-        context = reference_context(positions, segment_ids, bias)
+        context = reference_context(positions, segment_ids, bias, x.dtype)
         x, aux, stats = layer_function(config, kind)(layer_params, x, context)
         aux_loss = aux_loss + aux
         loads += [stats["load"]] if is_moe else []
@@ -198,10 +206,15 @@ def forward(
     return Output(logits, aux_loss, jnp.stack(loads) if loads else jnp.zeros((0, 0), jnp.float32))
 
 
-def reference_context(positions: jax.Array, segment_ids: jax.Array, router_bias: jax.Array) -> LayerContext:
+def reference_context(
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    router_bias: jax.Array,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> LayerContext:
     """Returns the context of one device that shares its microbatch with nobody: no sorting, no dispatch."""
     return LayerContext(
-        positions=positions,
+        rotation=lambda width, theta: rotation(positions, width, theta, dtype),
         segment_ids=segment_ids,
         router_bias=router_bias,
         experts=every_expert_on_every_token,

@@ -13,6 +13,7 @@ from piperjax.planner.kept import Share
 from piperjax.planner.row_blocks import block_rows
 from piperjax.runtime import hlo
 from piperjax.runtime.executor import Executor
+from piperjax.runtime.grouped_matmul import MORE_BLOCKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,8 @@ def _unknown_turns(executor: Executor) -> hlo.Turns:
     def turns(scope: str) -> float:
         if makes_passes and _LATER_PASSES.search(scope):
             return 0.0
+        if scope.endswith(f"/{MORE_BLOCKS}/while"):
+            return max(0.0, blocks - 1)
         found = re.search(r"/(layers|again|pairs|single)_(\w+)/while$", scope)
         if found is None:
             return blocks

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from models.layers import activate, rms_norm, rotary
+from models.layers import Rotation, activate, rms_norm, rotary
 from piperjax.runtime.permute import Places, spread_rows
 
 # Features of a row, and of a head.
@@ -28,8 +28,8 @@ class Elementwise(NamedTuple):
 
     Attributes:
       run: the function.
-      operands: what it takes: "rows" [rows, WIDTH], "pairs" [rows, 2 WIDTH], a "scale" [WIDTH], float32 all, or "zero",
-        an int32 [1].
+      operands: what it takes: "rows" [rows, WIDTH], "pairs" [rows, 2 WIDTH], "halves" [rows, HEAD_DIM / 2], a "scale"
+        [WIDTH], float32 all, or "zero", an int32 [1].
       num_arrays: [rows, WIDTH] that count as read or written.
     """
 
@@ -44,6 +44,7 @@ def elementwise_operands(body: Elementwise, num_bytes: int) -> list[tuple[tuple[
     shapes = {
         "rows": ((rows, WIDTH), "float32"),
         "pairs": ((rows, 2 * WIDTH), "float32"),
+        "halves": ((rows, HEAD_DIM // 2), "float32"),
         "scale": ((WIDTH,), "float32"),
         "zero": ((1,), "int32"),
     }
@@ -60,15 +61,14 @@ def _norm_gradient(x, dx, dy, scale):
     return dx + more, dscale
 
 
-def _rotary(zero, x):
+def _rotary(x, cos, sin):
     rows = x.shape[0]
-    # Positions depend on the operand: sines of what is known would be computed once for all rounds.
-    positions = (zero + lax.iota(jnp.int32, rows))[None]
-    return rotary(x.reshape(1, rows, WIDTH // HEAD_DIM, HEAD_DIM), positions, 1e4).reshape(x.shape)
+    turn = Rotation(*(half.reshape(1, rows, 1, HEAD_DIM // 2) for half in (cos, sin)))
+    return rotary(x.reshape(1, rows, WIDTH // HEAD_DIM, HEAD_DIM), turn).reshape(x.shape)
 
 
-def _rotary_gradient(zero, dy):
-    return jax.vjp(lambda x: _rotary(zero, x), jnp.zeros_like(dy))[1](dy)
+def _rotary_gradient(dy, cos, sin):
+    return jax.vjp(lambda x: _rotary(x, cos, sin), jnp.zeros_like(dy))[1](dy)
 
 
 def _activation(hidden):
@@ -99,8 +99,8 @@ def _layout(x):
 BODIES = {
     "norm": Elementwise(_norm, ("zero", "rows", "rows", "scale"), 4),
     "norm_gradient": Elementwise(_norm_gradient, ("rows", "rows", "rows", "scale"), 4),
-    "rotary": Elementwise(_rotary, ("zero", "rows"), 2),
-    "rotary_gradient": Elementwise(_rotary_gradient, ("zero", "rows"), 2),
+    "rotary": Elementwise(_rotary, ("rows", "halves", "halves"), 2),
+    "rotary_gradient": Elementwise(_rotary_gradient, ("rows", "halves", "halves"), 2),
     "activation": Elementwise(_activation, ("pairs",), 3),
     "activation_gradient": Elementwise(_activation_gradient, ("pairs", "rows"), 6),
     "rows": Elementwise(_rows, ("zero", "rows"), 2),

@@ -24,6 +24,8 @@ from piperjax.runtime.varying import vary_like
 
 # What to lower kernels for where there is no GPU: they do not depend on which, but Pallas must be told one.
 AHEAD_OF_TIME_GPUS = {"cuda": "NVIDIA H100", "rocm": "gfx90a"}
+# The scope of the loop over the blocks of a group but for its first.
+MORE_BLOCKS = "more_blocks"
 
 
 def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -109,8 +111,8 @@ def weight_gradient_blocks(x: jax.Array, dy: jax.Array, group_sizes: jax.Array) 
     starts, ends, counts = _blocks(group_sizes, block)
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
-    def add_group(group, total):
-        def add_block(number, total):
+    def set_group(group, total):
+        def of_block(number):
             first = starts[group] + number * block
             start = jnp.minimum(first, R - block)
             row = start + lax.iota(jnp.int32, block)
@@ -119,13 +121,17 @@ def weight_gradient_blocks(x: jax.Array, dy: jax.Array, group_sizes: jax.Array) 
                 jnp.where(mine, lax.dynamic_slice_in_dim(rows, start, block), jnp.zeros((), rows.dtype))
                 for rows in (x, dy)
             )
-            before = lax.dynamic_index_in_dim(total, group, keepdims=False)
-            after = before + _dot(x_rows, dy_rows, (((0,), (0,)), ((), ())))
-            return lax.dynamic_update_index_in_dim(total, after, group, 0)
+            return _dot(x_rows, dy_rows, (((0,), (0,)), ((), ())))
 
-        return lax.fori_loop(jnp.int32(0), counts[group], add_block, total)
+        # Few rows make large gradients: a sum that begins with zeros would cost as much as a product. In a group
+        # without rows none of the first block is its own.
+        with jax.named_scope(MORE_BLOCKS):
+            so_far = lax.fori_loop(
+                jnp.int32(1), counts[group], lambda at, so_far: so_far + of_block(at), of_block(0)
+            )
+        return lax.dynamic_update_index_in_dim(total, so_far, group, 0)
 
-    return lax.fori_loop(0, G, add_group, jnp.zeros((G, D, F), wide)).astype(x.dtype)
+    return lax.fori_loop(0, G, set_group, jnp.zeros((G, D, F), wide)).astype(x.dtype)
 
 
 def _blocks(group_sizes: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:

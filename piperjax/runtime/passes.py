@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from models import transformer
 from models.block_attention import ATTENDED
-from models.layers import LayerContext
+from models.layers import LayerContext, Rotation
 from piperjax.runtime.dispatcher import DISPATCHED
 from piperjax.runtime.program import Call, is_variable, trace
 from piperjax.runtime.varying import vary
@@ -79,12 +79,13 @@ class Surroundings(NamedTuple):
     """Arrays of a layer's context.
 
     Attributes:
-      positions, segment_ids: [B, S].
+      rotations: what rotary positions turn by, by (H, theta); arrays [B, S, 1, H/2].
+      segment_ids: [B, S].
       router_bias: [E].
       placement: the physical expert of every logical one [E]; None if they are the same.
     """
 
-    positions: jax.Array
+    rotations: dict[tuple[int, float], Rotation]
     segment_ids: jax.Array
     router_bias: jax.Array
     placement: jax.Array | None = None
@@ -137,7 +138,7 @@ class LayerPasses:
           splits: whether backward will come in two parts.
         """
         self.kept = self.taps = ()
-        structure = jax.tree.structure(weights)
+        structure, of_surroundings = jax.tree.structure(weights), jax.tree.structure(surroundings)
         leaves = jax.tree.leaves(weights)
         num_weights = len(leaves)
         vjp_structure = None
@@ -150,7 +151,8 @@ class LayerPasses:
 
             def evaluate(*values):
                 weights = jax.tree.unflatten(structure, values[:num_weights])
-                results, stats = layer(weights, values[num_weights], Surroundings(*values[num_weights + 1 :]))
+                rest = jax.tree.unflatten(of_surroundings, values[num_weights + 1 :])
+                results, stats = layer(weights, values[num_weights], rest)
                 return [*results, *stats]
 
             self._forward = trace(evaluate, *leaves, x, *surroundings.arrays())
@@ -161,7 +163,7 @@ class LayerPasses:
         def forward(*values):
             nonlocal vjp_structure
             weights = jax.tree.unflatten(structure, values[:num_weights])
-            rest = Surroundings(*values[num_weights + 1 :])
+            rest = jax.tree.unflatten(of_surroundings, values[num_weights + 1 :])
             results, vjp, stats = jax.vjp(
                 lambda weights, x: layer(weights, x, rest), weights, values[num_weights], has_aux=True
             )

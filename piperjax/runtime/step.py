@@ -33,7 +33,7 @@ from jax import lax
 from meshes.axes import AXES, BATCH, EXPERT, PIPE
 from models import transformer
 from models.config import ModelConfig
-from models.layers import LayerContext
+from models.layers import LayerContext, rotation
 from piperjax.planner.plan import Plan
 from piperjax.runtime import slots, step_end
 from piperjax.runtime.dispatch import make_experts
@@ -390,7 +390,11 @@ class _Scan:
         Called outside the branches of a tick: read inside, every operation that needs a row would slice the whole
         batch anew, element by element, and attention's mask alone would take as long as its products on a CPU.
         """
-        rows = [slots.read(self.batch[name], microbatch) for name in ("positions", "segment_ids")]
+        positions, segment_ids = (
+            slots.read(self.batch[name], microbatch) for name in ("positions", "segment_ids")
+        )
+        rotaries = {layer.attention.rotary for layer in self.config.kinds.values()}
+        rows = {key: rotation(positions, *key, self.dtype) for key in sorted(rotaries)}, segment_ids
 
         def surroundings(moe_index):
             if not self.config.moe_layers:
@@ -401,7 +405,7 @@ class _Scan:
 
     def _context(self, surroundings: Surroundings) -> LayerContext:
         return LayerContext(
-            positions=surroundings.positions,
+            rotation=lambda width, theta: surroundings.rotations[width, theta],
             segment_ids=surroundings.segment_ids,
             router_bias=surroundings.router_bias,
             experts=partial(self.experts, placement=surroundings.placement),

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from models.config import DenseFFN
-from models.layers import FeedForward, activate, at_least_float32, rms_norm, rotary
+from models.layers import FeedForward, activate, at_least_float32, rms_norm, rotary, rotation
 
 RNG = np.random.default_rng(0)
 
@@ -40,7 +40,7 @@ def test_rotary_is_a_complex_rotation():
     positions = RNG.integers(0, 1000, (2, 5)).astype(np.int32)
     angles = positions[:, :, None, None] * 100.0 ** (-np.arange(4) / 4)
     expected = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)
-    y = rotary(jnp.asarray(x), jnp.asarray(positions), 100.0)
+    y = rotary(jnp.asarray(x), rotation(jnp.asarray(positions), 8, 100.0))
     np.testing.assert_allclose(y, np.concatenate([expected.real, expected.imag], axis=-1), atol=2e-4)
 
 
@@ -49,7 +49,8 @@ def test_rotary_scores_depend_on_distance_only():
 
     def score(query_position, key_position):
         at = [jnp.full((1, 1), position, jnp.int32) for position in (query_position, key_position)]
-        return jnp.sum(rotary(q, at[0], 1e4) * rotary(k, at[1], 1e4))
+        turned = (rotary(x, rotation(where, 16, 1e4)) for x, where in zip((q, k), at, strict=True))
+        return jnp.sum(next(turned) * next(turned))
 
     np.testing.assert_allclose(score(5, 2), score(105, 102), rtol=1e-4)
     assert abs(score(5, 2) - score(5, 3)) > 1e-3
@@ -81,5 +82,7 @@ def test_nothing_becomes_float32_in_bfloat16():
     ffn.gate_up, ffn.down = (nnx.Param(jnp.ones(shape, jnp.bfloat16)) for shape in ((6, 20), (10, 6)))
     x = jnp.ones((2, 3, 6), jnp.bfloat16)
     assert ffn(x).dtype == jnp.bfloat16
-    assert rotary(x.reshape(2, 3, 1, 6), jnp.zeros((2, 3), jnp.int32), 1e4).dtype == jnp.bfloat16
+    turn = rotation(jnp.zeros((2, 3), jnp.int32), 6, 1e4, x.dtype)
+    assert turn.cos.dtype == jnp.float32
+    assert rotary(x.reshape(2, 3, 1, 6), turn).dtype == jnp.bfloat16
     assert jax.eval_shape(lambda x: rms_norm(x, jnp.ones(6), 1e-5), x).dtype == jnp.bfloat16
