@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,6 +30,8 @@ ELEMENTWISE = (
     *("norm", "norm_gradient", "rotary", "rotary_gradient", "activation", "activation_gradient"),
     *("rows", "rows_gradient", "layout"),
 )
+# Which of the three products of a layer: rows times its weight, gradients times that transposed, rows times gradients.
+ProductPart = Literal["forward", "input_gradient", "weight_gradient"]
 # Head width at which the efficiencies of `Attention` are stated.
 USUAL_HEAD_DIM = 128
 
@@ -49,8 +51,9 @@ class Products:
       half_rows: m at which the rate is half; 0 if it does not depend on m.
       half_columns: n at which the rate is half.
       half_depth: k at which the rate is half.
-      weight_gradient_fraction: rate of a weight gradient, which sums over rows, over that of any other product of its
-        shape, by dtype name; 1 where it is not given.
+      input_gradient_fraction: rate of an input gradient, which reads its weight transposed, over that of a forward
+        product of the same shape, by dtype name; 1 where it is not given.
+      weight_gradient_fraction: the same of a weight gradient, which sums over rows.
       weight_gradient_half_depth: rows at which a weight gradient has half its rate, as it writes its result however few
         there are; None if that is `half_depth`.
       smallest_flop: FLOP of the smallest product that was measured; None where no range is known.
@@ -62,6 +65,7 @@ class Products:
     half_rows: float = 0.0
     half_columns: float = 0.0
     half_depth: float = 0.0
+    input_gradient_fraction: Mapping[str, float] = field(default_factory=dict, hash=False)
     weight_gradient_fraction: Mapping[str, float] = field(default_factory=dict, hash=False)
     weight_gradient_half_depth: float | None = None
     smallest_flop: float | None = None
@@ -70,9 +74,8 @@ class Products:
 
     def __post_init__(self) -> None:
         check_by_dtype("efficiency", self.efficiency, check_fraction, example="bfloat16 = 0.6")
-        check_by_dtype(
-            "weight_gradient_fraction", self.weight_gradient_fraction, check_rate, example="float32 = 0.5"
-        )
+        for name in ("input_gradient_fraction", "weight_gradient_fraction"):
+            check_by_dtype(name, getattr(self, name), check_rate, example="float32 = 0.5")
         for name in ("half_rows", "half_columns", "half_depth"):
             check_size(f"{name}", getattr(self, name))
         if self.weight_gradient_half_depth is not None:
@@ -80,14 +83,18 @@ class Products:
         check_range("the range of FLOP", self.smallest_flop, self.largest_flop)
         check_provenance("its", self.provenance)
 
-    def fraction(self, m: Any, n: Any, k: Any, *, dtype: str, weight_gradient: bool = False) -> Any:
+    def fraction(self, m: Any, n: Any, k: Any, *, dtype: str, part: ProductPart = "forward") -> Any:
         """Part of the peak that the product reaches; numbers or arrays."""
         depth = self.half_depth
-        if weight_gradient and self.weight_gradient_half_depth is not None:
+        if part == "weight_gradient" and self.weight_gradient_half_depth is not None:
             depth = self.weight_gradient_half_depth
         shape = m / (m + self.half_rows) * (n / (n + self.half_columns)) * (k / (k + depth))
-        kind = self.weight_gradient_fraction.get(dtype, 1.0) if weight_gradient else 1.0
-        return self.efficiency[dtype] * kind * shape
+        of_part = {
+            "forward": {},
+            "input_gradient": self.input_gradient_fraction,
+            "weight_gradient": self.weight_gradient_fraction,
+        }[part]
+        return self.efficiency[dtype] * of_part.get(dtype, 1.0) * shape
 
     def covers(self, flop: Any) -> Any:
         """Whether a product of `flop` lies in the measured range; True where no range is known."""
@@ -243,7 +250,7 @@ class Device:
         dtype: str,
         grouped: bool = False,
         groups: Any = 1,
-        weight_gradient: bool = False,
+        part: ProductPart = "forward",
     ) -> Any:
         """Seconds of one product [m, k] x [k, n], launch included; numbers or arrays.
 
@@ -254,14 +261,14 @@ class Device:
           dtype: of the operands.
           grouped: whether it is the product of experts.
           groups: number of groups, each with its own [k, n].
-          weight_gradient: whether k counts rows, of activations and of their gradients.
+          part: which product of a layer it is; in a weight gradient k counts rows.
 
         Raises:
           ValueError: if the platform does not say how fast products are.
         """
         table = "grouped_matmul" if grouped else "matmul"
         products: Products = self._rates(table, dtype, "efficiency")
-        rate = self._peak(dtype) * products.fraction(m, n, k, dtype=dtype, weight_gradient=weight_gradient)
+        rate = self._peak(dtype) * products.fraction(m, n, k, dtype=dtype, part=part)
         return 2 * groups * m * n * k / rate + self.launch_seconds
 
     def attention_seconds(

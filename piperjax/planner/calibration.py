@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from meshes.device import Attention, Device, Products
+from meshes.device import Attention, Device, ProductPart, Products
 from meshes.platform import Link, Platform
 from piperjax.planner import network
 from piperjax.planner.fitting import Fit, fit_positive, quality
@@ -37,7 +37,7 @@ class ProductSample(NamedTuple):
     k: int
     groups: int
     dtype: str
-    weight_gradient: bool
+    part: ProductPart
     seconds: float
 
     @property
@@ -54,7 +54,7 @@ class ProductSample(NamedTuple):
             dtype=self.dtype,
             grouped=self.groups > 0,
             groups=max(self.groups, 1),
-            weight_gradient=self.weight_gradient,
+            part=self.part,
         )
 
 
@@ -233,22 +233,25 @@ def _with_products(
     fastest = [max(s.flop / s.seconds for s in samples if s.dtype == dtype) for dtype in dtypes]
     limits = np.array([device.peak_flop_per_second.get(d, np.inf) if keep_peak else np.inf for d in dtypes])
 
-    is_weight = np.array([s.weight_gradient for s in samples])
+    is_input, is_weight = (
+        np.array([s.part == part for s in samples]) for part in ("input_gradient", "weight_gradient")
+    )
 
     def law(values: np.ndarray) -> np.ndarray:
         rows, columns, depth, weight_depth = values[:4]
         depth = np.where(is_weight, weight_depth, depth)
-        rates, parts = np.split(values[4:], 2)
-        rate = np.minimum(rates, limits)[which] * np.where(is_weight, parts[which], 1.0)
+        rates, of_inputs, of_weights = np.split(values[4:], 3)
+        fraction = np.where(is_input, of_inputs[which], np.where(is_weight, of_weights[which], 1.0))
+        rate = np.minimum(rates, limits)[which] * fraction
         return (
             2 * np.maximum(groups, 1) * (m + rows) * (n + columns) * (k + depth) / rate
             + device.launch_seconds
         )
 
     fit = fit_positive(
-        law, seconds, [16.0, 16.0, 16.0, 16.0, *(1.2 * rate for rate in fastest), *(1.0 for _ in dtypes)]
+        law, seconds, [16.0, 16.0, 16.0, 16.0, *(1.2 * rate for rate in fastest), *(1.0 for _ in 2 * dtypes)]
     )
-    found, parts = np.split(np.array(fit.values[4:]), 2)
+    found, of_inputs, of_weights = np.split(np.array(fit.values[4:]), 3)
     rates = dict(zip(dtypes, np.minimum(found, limits), strict=True))
     peaks = dict(device.peak_flop_per_second) if keep_peak or table == "grouped_matmul" else {}
     for dtype, rate, seen in zip(dtypes, rates.values(), fastest, strict=True):
@@ -259,7 +262,8 @@ def _with_products(
         half_rows=_rounded(fit.values[0]),
         half_columns=_rounded(fit.values[1]),
         half_depth=_rounded(fit.values[2]),
-        weight_gradient_fraction=dict(zip(dtypes, map(_rounded, parts), strict=True)),
+        input_gradient_fraction=dict(zip(dtypes, map(_rounded, of_inputs), strict=True)),
+        weight_gradient_fraction=dict(zip(dtypes, map(_rounded, of_weights), strict=True)),
         weight_gradient_half_depth=_rounded(fit.values[3]) if is_weight.any() else None,
         smallest_flop=min(flop),
         largest_flop=max(flop),

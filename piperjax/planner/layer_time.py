@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import NamedTuple
 
+from meshes.device import ProductPart
 from meshes.platform import Device, Platform
 from models.config import DenseFFN, LayerConfig, ModelConfig, MoEFFN
 from models.query_blocks import is_in_blocks
@@ -371,19 +372,20 @@ class _Pricing:
         return self._multiply(p, p.rows, p.columns, p.depth)
 
     def _input_gradient(self, p: Product) -> float:
-        return self._multiply(p, p.rows, p.depth, p.columns)
+        return self._multiply(p, p.rows, p.depth, p.columns, part="input_gradient")
 
     def _weight_gradient(self, p: Product) -> float:
-        return self._multiply(p, p.depth, p.columns, p.rows, weight_gradient=True)
+        return self._multiply(p, p.depth, p.columns, p.rows, part="weight_gradient")
 
-    def _multiply(self, p: Product, m: float, n: float, k: float, *, weight_gradient: bool = False) -> float:
+    def _multiply(self, p: Product, m: float, n: float, k: float, *, part: ProductPart = "forward") -> float:
         dtype = self.dtype
         if p.is_wide:
             table = self.device.matmul
             dtype = "float32" if table and "float32" in table.efficiency else self.base
         chunks, wasted = (self.chunks, self.wasted) if p.groups else (1, 0.0)
-        rows, depth = (m, k / chunks + wasted) if weight_gradient else (m / chunks + wasted, k)
-        zeros = self._stream(self.empty * n, 1) if p.groups and self.empty and not weight_gradient else 0.0
+        sums_rows = part == "weight_gradient"
+        rows, depth = (m, k / chunks + wasted) if sums_rows else (m / chunks + wasted, k)
+        zeros = self._stream(self.empty * n, 1) if p.groups and self.empty and not sums_rows else 0.0
         return zeros + chunks * self.device.product_seconds(
             rows,
             n,
@@ -391,7 +393,7 @@ class _Pricing:
             dtype=dtype,
             grouped=p.groups > 0,
             groups=max(p.groups, 1),
-            weight_gradient=weight_gradient,
+            part=part,
         )
 
     def _attention(self, *, backward: bool = False) -> float:

@@ -167,9 +167,10 @@ def vocabulary_seconds(
     exchange = vocabulary_exchange_seconds(model, plan, platform, dtype=dtype)
     logits = tokens * vocabulary * FLOAT32_BYTES
     head = (
-        device.product_seconds(tokens, vocabulary, D, dtype=base)
+        # The head is a row for every token, so that forward reads it transposed, and its input gradient as it is.
+        device.product_seconds(tokens, vocabulary, D, dtype=base, part="input_gradient")
         + device.product_seconds(tokens, D, vocabulary, dtype=base)
-        + device.product_seconds(vocabulary, D, tokens, dtype=base, weight_gradient=True)
+        + device.product_seconds(vocabulary, D, tokens, dtype=base, part="weight_gradient")
         # Logits are written, read for their maximum, read and written as exponentials, read for the gradient.
         + device.stream_seconds(5.5 * logits)
         + device.stream_seconds(2 * GRADIENT_BYTES[plan.gradient_dtype] * vocabulary * D)

@@ -9,13 +9,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from meshes.device import ProductPart
 from models.attention import causal_attention
 from piperjax.planner.calibration import AttentionSample, BytesSample, ElementwiseSample, ProductSample
 from piperjax.runtime.elementwise_benchmarks import BODIES, elementwise_operands
@@ -147,10 +148,9 @@ def compute_tasks(shapes: Shapes, stopwatch: Stopwatch, devices: Sequence[jax.De
     yield Task("launch_seconds", "operations", bench.launch)
     for at, dtype in enumerate(shapes.dtypes):
         for layer in shapes.layers[:: 1 if at == 0 else 3]:
-            for part in ("forward", "input gradient", "weight gradient"):
-                label = (
-                    f"{dtype} {'experts' if layer.groups else 'dense'} {'x'.join(map(str, layer[:3]))} {part}"
-                )
+            for part in get_args(ProductPart):
+                kind, shape = "experts" if layer.groups else "dense", "x".join(map(str, layer[:3]))
+                label = f"{dtype} {kind} {shape} {part.replace('_', ' ')}"
                 yield Task("products", label, lambda a=(layer, part, dtype): bench.product(*a))
         for heads in shapes.heads[:: 1 if at == 0 else 3]:
             label = f"{dtype} attention of {heads.seq_len} x {heads.head_dim}"
@@ -202,14 +202,14 @@ class _Bench:
 
         return self.stopwatch.seconds(looped(body, mesh), operand(mesh, (256,)), operations=CHAIN)
 
-    def product(self, layer: Layer, part: str, dtype: str) -> list[ProductSample]:
+    def product(self, layer: Layer, part: ProductPart, dtype: str) -> list[ProductSample]:
         """One product, in the shape that rates are stated for: rows, columns, depth.
 
         Each has its own operands, as every layer has its own weights; those of one alone would stay in a cache.
         """
         body, operands, (m, n, k) = _product(layer, part, dtype)
         seconds = self._seconds(body, operands, self.devices, sets=self._sets(body, operands))
-        return [ProductSample(m, n, k, layer.groups, dtype, part == "weight gradient", seconds)]
+        return [ProductSample(m, n, k, layer.groups, dtype, part, seconds)]
 
     def alone(self, layer: Layer) -> list[tuple[float, float]]:
         body, operands, _ = _product(layer, "forward", "float32")
@@ -303,7 +303,7 @@ class _Bench:
         return self.stopwatch.seconds(looped(body, mesh, sets=sets), *arrays, operations=sets)
 
 
-def _product(layer: Layer, part: str, dtype: str) -> tuple[Body, list[tuple], tuple[int, int, int]]:
+def _product(layer: Layer, part: ProductPart, dtype: str) -> tuple[Body, list[tuple], tuple[int, int, int]]:
     """The body, its operands, and (m, n, k) of one of the three products of a layer."""
     rows, d_in, d_out, groups = layer
     total, weight = rows * max(groups, 1), (groups, d_in, d_out) if groups else (d_in, d_out)
@@ -321,6 +321,6 @@ def _product(layer: Layer, part: str, dtype: str) -> tuple[Body, list[tuple], tu
 
     return {
         "forward": (multiply, [x, w], (rows, d_out, d_in)),
-        "input gradient": (input_gradient, [w, dy], (rows, d_in, d_out)),
-        "weight gradient": (weight_gradient, [x, dy], (d_in, d_out, rows)),
+        "input_gradient": (input_gradient, [w, dy], (rows, d_in, d_out)),
+        "weight_gradient": (weight_gradient, [x, dy], (d_in, d_out, rows)),
     }[part]

@@ -51,26 +51,29 @@ def test_seconds_of_a_product_are_those_of_a_larger_one_at_full_rate():
     assert grouped == pytest.approx(8 * 2 * full + 1e-5)
 
 
-def test_weight_gradients_have_a_rate_of_their_own():
+def test_gradients_have_rates_of_their_own():
     slow = replace(PRODUCTS, weight_gradient_fraction={"float32": 0.5})
+    slow = replace(slow, input_gradient_fraction={"float32": 0.8, "bfloat16": 0.1})
     device = replace(DEVICE, matmul=slow, launch_seconds=0.0)
     usual = device.product_seconds(64, 64, 64, dtype="float32")
-    assert device.product_seconds(64, 64, 64, dtype="float32", weight_gradient=True) == pytest.approx(
+    assert device.product_seconds(64, 64, 64, dtype="float32", part="weight_gradient") == pytest.approx(
         2 * usual
     )
+    turned = device.product_seconds(64, 64, 64, dtype="float32", part="input_gradient")
+    assert turned == pytest.approx(1.25 * usual)
 
 
 def test_weight_gradients_of_few_rows_write_as_much_as_those_of_many():
     slow = replace(PRODUCTS, weight_gradient_half_depth=75)
     device = replace(DEVICE, matmul=slow, launch_seconds=0.0)
     few, more = (
-        device.product_seconds(64, 64, rows, dtype="float32", weight_gradient=True) for rows in (25, 125)
+        device.product_seconds(64, 64, rows, dtype="float32", part="weight_gradient") for rows in (25, 125)
     )
     assert more == pytest.approx(2 * few)
     # Others as before.
     before = replace(device, matmul=PRODUCTS).product_seconds(64, 64, 25, dtype="float32")
     assert device.product_seconds(64, 64, 25, dtype="float32") == before
-    assert PRODUCTS.fraction(8, 8, 8, dtype="float32", weight_gradient=True) == PRODUCTS.fraction(
+    assert PRODUCTS.fraction(8, 8, 8, dtype="float32", part="weight_gradient") == PRODUCTS.fraction(
         8, 8, 8, dtype="float32"
     )
     with pytest.raises(ValueError, match="weight_gradient_fraction.float32 must be a positive number"):

@@ -2,11 +2,12 @@
 
 import itertools
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from meshes.device import Attention, Device, Products
+from meshes.device import Attention, Device, ProductPart, Products
 from meshes.platform import Link, Platform, load_platform
 from meshes.writing import platform_toml
 from piperjax.planner.calibration import (
@@ -27,6 +28,7 @@ TRUE = Device(
     memory_bytes_per_second=2e10,
     matmul=Products(
         efficiency={"bfloat16": 0.8, "float32": 1.0},
+        input_gradient_fraction={"bfloat16": 0.7},
         weight_gradient_fraction={"float32": 0.4},
         half_rows=24,
         half_columns=40,
@@ -66,13 +68,14 @@ BEFORE = replace(
     ),
 )
 NUM_LOCAL, CONCURRENT = 4, 1.6
+PARTS = get_args(ProductPart)
 
 
 def product_samples(disturb):
     shapes = itertools.product((16, 128, 512), (64, 512), (64, 512))
-    kinds = itertools.product((0, 4), ("float32", "bfloat16"), (False, True))
-    for (m, n, k), (groups, dtype, weight_gradient) in itertools.product(shapes, list(kinds)):
-        sample = ProductSample(m, n, k, groups, dtype, weight_gradient, 1.0)
+    kinds = itertools.product((0, 4), ("float32", "bfloat16"), PARTS)
+    for (m, n, k), (groups, dtype, part) in itertools.product(shapes, list(kinds)):
+        sample = ProductSample(m, n, k, groups, dtype, part, 1.0)
         yield sample._replace(seconds=disturb(NUM_LOCAL / CONCURRENT * sample.predicted(TRUE)))
 
 
@@ -136,10 +139,11 @@ def test_rates_come_back():
     assert by_kind == pytest.approx({"activation_gradient": 4e9, "rows": 2e10})
     assert device.memory_bytes_per_second == pytest.approx(2e10, rel=0.01)
     for (m, n, k), grouped in itertools.product(((32, 100, 200), (400, 300, 64)), (False, True)):
-        for dtype, weight_gradient in itertools.product(("float32", "bfloat16"), (False, True)):
-            shape = dict(dtype=dtype, grouped=grouped, groups=3, weight_gradient=weight_gradient)
+        for dtype, part in itertools.product(("float32", "bfloat16"), PARTS):
+            shape = dict(dtype=dtype, grouped=grouped, groups=3, part=part)
             expected = TRUE.product_seconds(m, n, k, **shape)
             assert device.product_seconds(m, n, k, **shape) == pytest.approx(expected, rel=0.03)
+    assert device.matmul.input_gradient_fraction == pytest.approx({"float32": 1, "bfloat16": 0.7}, rel=0.05)
     assert device.matmul.weight_gradient_fraction == pytest.approx({"float32": 0.4, "bfloat16": 1}, rel=0.05)
     assert device.matmul.half_rows == pytest.approx(24, rel=0.05)
     for backward, dtype in itertools.product((False, True), ("float32", "bfloat16")):
@@ -195,7 +199,7 @@ def test_devices_with_hardware_of_their_own_keep_their_peaks():
     seconds = 2 * m * n * k / 600e12
     samples = Measurements(
         num_local=1,
-        products=tuple(ProductSample(m, n, c * k, 0, "bfloat16", False, c * seconds) for c in (1, 2)),
+        products=tuple(ProductSample(m, n, c * k, 0, "bfloat16", "forward", c * seconds) for c in (1, 2)),
         streams=(BytesSample(1e9, 1e9 / 3e12),),
     )
     found = calibrate(h100, samples, shares_cores=False).platform

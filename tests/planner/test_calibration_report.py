@@ -12,7 +12,7 @@ LINK = Link(name="wire", devices=4, bytes_per_second=1e9, latency_seconds=1e-5)
 PLATFORM = Platform(name="a", description="b", device=Device(), devices_per_node=4, links=(LINK,))
 MEASUREMENTS = Measurements(
     num_local=4,
-    products=tuple(ProductSample(m, 64, 64, 0, "float32", False, m * 1e-6) for m in (8, 64, 512)),
+    products=tuple(ProductSample(m, 64, 64, 0, "float32", "forward", m * 1e-6) for m in (8, 64, 512)),
     exchanges=tuple(
         ExchangeSample(name, (Group(4, 1, 4),), size, 1e-5 + size / 1e9)
         for name in ("permute", "all_to_all")

@@ -33,19 +33,19 @@ def test_products_are_what_they_are_named(groups):
     weights = w if groups else w[None]
     expected = {
         "forward": np.concatenate([x[rows] @ weight for rows, weight in zip(blocks, weights, strict=True)]),
-        "input gradient": np.concatenate(
+        "input_gradient": np.concatenate(
             [dy[rows] @ weight.T for rows, weight in zip(blocks, weights, strict=True)]
         ),
-        "weight gradient": np.stack([x[rows].T @ dy[rows] for rows in blocks]).reshape(w.shape),
+        "weight_gradient": np.stack([x[rows].T @ dy[rows] for rows in blocks]).reshape(w.shape),
     }
-    given = {"forward": (x, w), "input gradient": (w, dy), "weight gradient": (x, dy)}
+    given = {"forward": (x, w), "input_gradient": (w, dy), "weight_gradient": (x, dy)}
     for part, value in expected.items():
         body, operands, (m, n, k) = microbenchmarks._product(layer, part, "float32")
         arrays = [jnp.asarray(array, jnp.float32) for array in given[part]]
         assert [(array.shape, "float32") for array in arrays] == operands
         np.testing.assert_allclose(body(*arrays), value, rtol=1e-5, atol=1e-5)
         assert m * n * k == 4 * 8 * 6
-        assert {"forward": (4, 6, 8), "input gradient": (4, 8, 6), "weight gradient": (8, 6, 4)}[part] == (
+        assert {"forward": (4, 6, 8), "input_gradient": (4, 8, 6), "weight_gradient": (8, 6, 4)}[part] == (
             m,
             n,
             k,
