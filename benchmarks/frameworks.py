@@ -27,12 +27,14 @@ class Software(NamedTuple):
       dispatcher: how rows reach their experts, of `network.DISPATCHERS`.
       host_seconds: what the host needs to launch the kernels of one layer, forward and backward; a layer of few tokens
         takes as long.
+      reduction: part of the reduction of gradients, and of the gathering of parameters, that nothing hides.
     """
 
     streams: float = 1.0
     exposed: float = 1.0
     dispatcher: str = "flat"
     host_seconds: float = 0.0
+    reduction: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class Run:
       dtype: of products.
       memory_mode: what is recomputed, as in a plan.
       capacity_factor: rows of an expert over the balanced number; 0 drops nothing.
+      imbalance: rows of the device with most of them over the mean.
       gathers_parameters: whether each layer is gathered for each pass and its gradients scattered (FSDP), exposed.
     """
 
@@ -71,6 +74,7 @@ class Run:
     dtype: str = "bfloat16"
     memory_mode: str = "stash"
     capacity_factor: float = 0.0
+    imbalance: float = 1.0
     gathers_parameters: bool = False
 
     def __post_init__(self):
@@ -184,7 +188,7 @@ def _priced(run: Run, layer: LayerConfig, *, expert_stride: int = 1, imbalance: 
         memory_mode=run.memory_mode,
         dispatcher=run.software.dispatcher,
         rows="exact",
-        imbalance=imbalance,
+        imbalance=imbalance * run.imbalance,
         capacity_factor=run.capacity_factor,
         tensor=run.tensor,
     )
@@ -222,12 +226,17 @@ def _layer_total(run: Run, layer: LayerSeconds) -> float:
 def _gather_seconds(run: Run, layer: LayerConfig) -> float:
     """Parameters of a layer gathered for forward and for backward, and its gradients reduced, in 16 bits."""
     counted = cost.layer_parameters(run.model, layer)
+    return 3 * _gathered_once(run, counted.total - counted.experts, counted.experts)
+
+
+def _gathered_once(run: Run, dense: float, experts: float) -> float:
+    """Seconds in which devices gather so many parameters, or reduce their gradients, in 16 bits."""
     share = run.expert * run.expert_tensor
     buffers = [
-        (Group(run.groups, run.tensor, run.devices), (counted.total - counted.experts) / run.tensor),
-        (Group(run.devices // (run.pipe * share), share, run.devices), counted.experts / share),
+        (Group(run.groups, run.tensor, run.devices), dense / run.tensor),
+        (Group(run.devices // (run.pipe * share), share, run.devices), experts / share),
     ]
-    return 3 * sum(
+    return sum(
         all_gather(run.platform, group, 2 * size).seconds
         for group, size in buffers
         if group.size > 1 and size
@@ -246,6 +255,10 @@ def _head_seconds(run: Run) -> float:
 
 
 def _optimizer_seconds(run: Run) -> float:
-    """Update of a device's share; gradients and parameters travel behind the backward and the forward pass."""
-    share = cost.parameters(run.model).total / run.devices
-    return run.platform.device.stream_seconds(28 * share)
+    """Update of a device's share, and what nothing hides of the exchange of gradients and parameters (ZeRO-1)."""
+    counted = cost.parameters(run.model)
+    update = run.platform.device.stream_seconds(28 * counted.total / run.devices)
+    if not run.software.reduction:
+        return update
+    of_rank = (counted.total - counted.experts) / run.pipe, counted.experts / run.pipe
+    return update + run.software.reduction * 2 * _gathered_once(run, *of_rank)

@@ -173,10 +173,11 @@ def report(results: Results) -> bool:
     if results.others:
         print(f"\n{'Frontier':<64}{'published':>12}{'predicted':>11}{'ratio':>8}")
     for outcome in results.others:
-        met &= outcome.is_met
+        missed = outcome.is_judged and not outcome.is_met
+        met &= not missed
         values = _shown(outcome)
         print(
-            f"  {outcome.kind:<14}{outcome.label:<50}{values}  {'' if outcome.is_met else 'MISSED  '}{outcome.note}"
+            f"  {outcome.kind:<14}{outcome.label:<50}{values}  {'MISSED  ' if missed else ''}{outcome.note}"
         )
     _print_left_out(results.left_out)
     left = {name: _summed(results, name) for name in dict.fromkeys(name for name, _ in results.reasons)}
@@ -191,7 +192,7 @@ def report(results: Results) -> bool:
             f"correlation {shown} (bar {RANK_CORRELATION}): {'met' if fine else 'MISSED'}; "
             f"{left.pop(platform, 'none left out')}"
         )
-    for kind in dict.fromkeys(outcome.kind for outcome in results.others):
+    for kind in dict.fromkeys(outcome.kind for outcome in results.others if outcome.is_judged):
         of_kind = [outcome for outcome in results.others if outcome.kind == kind]
         good = sum(outcome.is_met for outcome in of_kind)
         print(
