@@ -43,8 +43,8 @@ class Cell(NamedTuple):
       index: number of the mesh.
       mesh, num_microbatches: these.
       way: how rows reach their experts.
-      layers: seconds of F, B, I, W, and of the exchanges in F and in B or I, `[modes, 2 kinds, 6]`: of layers of every
-        kind, then of those that are the last of their stage.
+      layers: seconds of F, B, I, W, of exchanges in F and in B or I, and of slices of weights, `[modes, 2 kinds, 7]`:
+        of layers of every kind, then of those that are the last of their stage.
       transfer: seconds of one exchange with the neighbours.
       outer: seconds of embedding and head of one microbatch, `[vocabularies]`.
       outer_exchange: seconds of exchanges in it, `[vocabularies]`.
@@ -216,7 +216,7 @@ def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple
         chosen = (quickest, leanest) if needed[leanest] < needed[quickest] else (quickest,)
     found = []
     for way in chosen:
-        seconds = np.zeros((len(modes), 2 * len(kinds), 6))
+        seconds = np.zeros((len(modes), 2 * len(kinds), 7))
         for i, mode in enumerate(modes):
             both = product((mode, LAST_LAYER_MODES.get(mode, mode)), kinds)
             for j, (counted, (_, layer)) in enumerate(both):
@@ -228,6 +228,7 @@ def _priced_layers(model, platform, share: Share, expert_factors, choices: tuple
                     priced.weight_gradient,
                     priced.exchange_forward,
                     priced.exchange_backward,
+                    priced.slices,
                 )
         found.append((way, seconds))
     return tuple(found)

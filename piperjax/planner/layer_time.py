@@ -6,7 +6,7 @@ backward 2, or 3 where it needs what experts received again, or 5 where whole st
 layer of each (`plan.LAST_LAYER_MODES`). Implementations that weigh what experts return repeat 2 instead of 1.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -44,6 +44,8 @@ class LayerSeconds:
       exchange_forward: all-to-alls inside F.
       exchange_backward: all-to-alls inside B, or inside I.
       dense, experts, attention, streams: F and B by what they compute, `forward + backward` in all.
+      slices: cutting its weights out of those of all layers, in F and once more in B or I, in none of the fields above:
+        where a device has one layer of a kind there is nothing to cut.
     """
 
     forward: float = 0.0
@@ -56,11 +58,19 @@ class LayerSeconds:
     experts: float = 0.0
     attention: float = 0.0
     streams: float = 0.0
+    slices: float = 0.0
 
     @property
     def total(self) -> float:
         """F and B with their exchanges."""
         return self.forward + self.backward + self.exchange_forward + self.exchange_backward
+
+    def cut(self) -> "LayerSeconds":
+        """The same of one layer among several of its kind on a device, with its slices where they belong."""
+        added = {"forward": 1, "backward": 1, "input_gradient": 1, "streams": 2, "slices": -1}
+        return replace(
+            self, **{name: getattr(self, name) + times * self.slices for name, times in added.items()}
+        )
 
     def __add__(self, other: "LayerSeconds") -> "LayerSeconds":
         return LayerSeconds(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -218,7 +228,7 @@ class Held(NamedTuple):
     Attributes:
       kept_bytes: what forward leaves for backward.
       tap_bytes: what an input gradient leaves for a weight gradient.
-      weight_bytes: weights, which forward and backward cut out of those of all layers.
+      weight_bytes: weights, which forward and backward cut out of those of all layers, if there are others.
     """
 
     kept_bytes: float = 0.0
@@ -265,7 +275,9 @@ class _Pricing:
     def seconds(self, memory_mode: str, held: Held) -> dict[str, float]:
         """Fields of `LayerSeconds` without exchanges."""
         forward = self._forward(lambda _: True, attention=1.0, streams=lambda _: True)
-        copies = self._stream(2 * (held.kept_bytes + held.weight_bytes), 1) if held.kept_bytes else 0.0
+        copies, slices = (
+            self._stream(2 * part, 1) if part else 0.0 for part in (held.kept_bytes, held.weight_bytes)
+        )
         taps = self._stream(2 * held.tap_bytes, 1) if held.tap_bytes else 0.0
         forward["streams"] += copies
         again = self._recomputed(memory_mode)
@@ -293,6 +305,7 @@ class _Pricing:
             "backward": input_gradient + weight_gradient,
             "input_gradient": input_gradient + taps,
             "weight_gradient": weight_gradient + taps,
+            "slices": slices,
             **total,
         }
 

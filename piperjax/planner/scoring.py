@@ -31,6 +31,7 @@ from piperjax.planner.layer_exchanges import saved_seconds
 from piperjax.planner.memory import Layout, RankMemory, estimate_memory, is_straight, rank_memory
 from piperjax.planner.plan import MEMORY_MODES, RECOMPUTING_MODES, Plan
 from piperjax.planner.shared_cores import fresh_seconds
+from piperjax.planner.storage import most_layers_of_kind
 from piperjax.schedules import registry
 from piperjax.schedules.profile import Profile, profile
 
@@ -253,6 +254,8 @@ def _seconds(
     number = cells[0].num_microbatches
     held, whole = _stage_kinds(question.model, partition)
     layers = np.stack([cell.layers for cell in cells])
+    cut = _are_cut(question.model, partition, cells[0].mesh.pipe)
+    layers = layers[..., :6] + (cut[:, None] * layers[..., 6:]) * np.array([1, 1, 1, 0, 0, 0])
     stages = np.einsum("sk,nmkj->nmsj", held, layers)
     pace = stages[..., :4] + stages[..., [4, 5, 5, 5]] * np.array([1, 1, 1, 0])
     kinds = [0, 2, 3] if counted.splits_backward else [0, 1]
@@ -343,6 +346,13 @@ def memory_of(scores: Scores, row: int) -> RankMemory:
         reserve_bytes=question.platform.device.reserve_bytes,
     )
     return max(ranks, key=lambda rank: rank.total)
+
+
+@lru_cache(maxsize=1024)
+def _are_cut(model: ModelConfig, partition: tuple[int, ...], pipe: int) -> np.ndarray:
+    """Whether a device has several layers of a kind, whose weights are slices, bool `[2 kinds]` as in `Cell.layers`."""
+    most, chunks = most_layers_of_kind(model, partition), len(partition) // pipe
+    return np.array([chunks * most[kind] > 1 for kind in (*model.kinds, *model.kinds)])
 
 
 @lru_cache(maxsize=1024)

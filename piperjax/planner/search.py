@@ -338,10 +338,8 @@ def _layers_by_seconds(question: Question, plan: Plan) -> tuple[int, ...]:
         batch_size=plan.batch_size // plan.data,
     )
     priced_layers = stage_seconds(question.model, by_layer, question.platform, question.conditions)
-    seconds = tuple(
-        one.forward + one.backward + one.exchange_forward + one.exchange_backward for one in priced_layers
-    )
-    return partition_layers(seconds, len(plan.layers_per_stage))
+    # Each priced by itself; on a device most have others of their kind.
+    return partition_layers(tuple(layer.cut().total for layer in priced_layers), len(plan.layers_per_stage))
 
 
 def _pareto(scores: Scores, best: Candidate) -> tuple[Compromise, ...]:

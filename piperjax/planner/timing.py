@@ -22,6 +22,7 @@ from piperjax.planner.network import Rows, all_reduce, axis_group, dispatch_tran
 from piperjax.planner.plan import Plan
 from piperjax.planner.shared_cores import at_once, fresh_seconds, on_shared_cores
 from piperjax.planner.step_end import itemsize_of, step_end_seconds
+from piperjax.planner.storage import most_layers_of_kind
 from piperjax.planner.work import FLOAT32_BYTES, GRADIENT_BYTES, layer_work
 from piperjax.schedules.timeline import ActionCosts, Timeline, lockstep, simulate
 
@@ -116,6 +117,10 @@ def stage_seconds(
         for kind, layer in model.kinds.items()
         for mode in dict.fromkeys((plan.memory_mode, *plan.layer_modes))
     }
+    most, chunks = most_layers_of_kind(model, plan.layers_per_stage), len(plan.layers_per_stage) // plan.pipe
+    for (kind, mode), priced in by_kind.items():
+        if chunks * most[kind] > 1:
+            by_kind[kind, mode] = priced.cut()
     kinds = iter(zip(model.kind_of_layer, plan.layer_modes, strict=True))
     stages = [sum((by_kind[next(kinds)] for _ in range(n)), LayerSeconds()) for n in plan.layers_per_stage]
     for _ in range(model.prediction_layers):

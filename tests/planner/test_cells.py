@@ -31,7 +31,7 @@ def test_cells_are_grouped_by_ranks_and_microbatches():
 
 def test_more_is_kept_and_less_is_recomputed_mode_by_mode():
     cell = next(groups(asked(wished={"num_microbatches": 4}), [Mesh(2, 4, 8)]))[0]
-    assert cell.layers.shape == (len(MEMORY_MODES), 4, 6)
+    assert cell.layers.shape == (len(MEMORY_MODES), 4, 7)
     question = asked()
     layers = question.model.kinds.values()
     kept = [

@@ -81,12 +81,34 @@ def test_stages_are_their_layers():
     model, plan = plan_for()
     stages = stage_seconds(model, plan, FRONTIER)
     parameters = dict(tokens=4096, seq_len=4096, expert_factors=plan.expert_factors)
-    dense, moe = (layer_seconds(model, model.layers[i], FRONTIER, **parameters) for i in (0, -1))
+    dense, moe = (layer_seconds(model, model.layers[i], FRONTIER, **parameters).cut() for i in (0, -1))
     assert plan.tokens_per_device == 4096
     assert stages[0].forward == pytest.approx(
         3 * dense.forward + (plan.layers_per_stage[0] - 3) * moe.forward
     )
     assert stages[-1].backward == pytest.approx(plan.layers_per_stage[-1] * moe.backward)
+
+
+def test_one_layer_of_a_kind_is_no_slice():
+    """Where a device has one layer of a kind, its weights need not be cut out; with two chunks there are two."""
+    model = dataclasses.replace(preset("mixtral_8x7b"), layers=preset("mixtral_8x7b").layers[:4])
+    parameters = dict(tokens=512, seq_len=512, expert_factors=(1, 1, 2))
+    layer = layer_seconds(model, model.layers[0], FRONTIER, **parameters)
+    weights = 2 * (model.d_model * (2 * model.d_model + 2 * 1024) + 4 * 3 * model.d_model * 14336)
+    router = 2 * model.d_model * 8
+    assert layer.slices == pytest.approx(FRONTIER.device.stream_seconds(2 * (weights + router)))
+
+    def forward(layers_per_stage, **changes):
+        plan = default_plan(model, FRONTIER, 8, batch_size=32, seq_len=512, expert=2, **changes)
+        assert plan.tokens_per_device == 512 and plan.layers_per_stage == layers_per_stage
+        return stage_seconds(model, plan, FRONTIER)[0].forward
+
+    one = forward((1,) * 4, pipe=4, data=1, num_microbatches=16)
+    two = forward((2,) * 2, pipe=2, data=2, num_microbatches=8)
+    chunks = forward((1,) * 4, pipe=2, data=2, num_microbatches=8, schedule="interleaved")
+    assert one == pytest.approx(layer.forward)
+    assert two == pytest.approx(2 * (layer.forward + layer.slices))
+    assert chunks == pytest.approx(layer.forward + layer.slices)
 
 
 def test_of_a_stage_that_is_run_again_the_last_layer_is_not():
