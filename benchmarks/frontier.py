@@ -46,8 +46,8 @@ OWN, OWN_LIKE_PIPER, OWN_BESIDE = "own planner", "own, as Piper", "own, beside"
 MEANS_OF_PIPER = {"schedule": "one_f_one_b", "overlap": False, "dispatch_chunks": 1}
 WAITING = Software(streams=BRIDGE_STREAMS["26.02"], dispatcher="halo2_dedup")
 STATIC = DROPPING._replace(dispatcher="halo2_dedup")
-# DeepSpeed's ZeRO-1 as its configuration has it: `overlap_comm` is not asked for. Rows are not sent once per node, but
-# where a script says `--use-rbd`.
+# DeepSpeed's ZeRO-1 as its configuration has it: `overlap_comm` is not asked for. Nor is `--use-rbd`, which would send
+# rows once per node.
 XMOE = WAITING._replace(dispatcher="flat", reduction=1.0)
 
 
@@ -215,7 +215,8 @@ def _whole_models(model: ModelConfig, row: Mapping[str, Any], system: System) ->
     if "tflops" not in row or strategy not in ("Piper", "X-MoE"):
         return
     script = SCRIPTS.get((strategy, name))
-    if script and script.devices == devices:
+    # A row that names other sequences or recomputation is of another run.
+    if script and script.devices == devices and not row.keys() & {"seq", "recompute"}:
         yield _known_plan(model, row, system, script)
         yield _own_plan(model, row, devices, seq_len, kind=OWN_BESIDE)
         return
@@ -348,7 +349,8 @@ def _known_plan(model: ModelConfig, row: Mapping[str, Any], system: System, scri
         kind="known plan",
         published=row["tflops"],
         predicted=predict(run).flop_per_second / 1e12,
-        note=f"expert {run.expert}, tensor {run.tensor}, {run.microbatch} sequences, {run.memory_mode}",
+        note=f"expert {run.expert}, tensor {run.tensor}, {run.microbatch} of {run.global_batch} sequences, "
+        f"{run.memory_mode}",
     )
 
 

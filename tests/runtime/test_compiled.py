@@ -242,6 +242,16 @@ def test_a_stage_is_run_again_but_for_its_last_layer(config, stages):
     assert (work["stage"] > work["layer"]) == (max(stages) > 1)
 
 
+@pytest.mark.parametrize("pipe", [1, 4])
+def test_no_layer_computes_sines(pipe):
+    # A microbatch has its rotary angles once. With one layer per stage there is no loop to take them out of.
+    text = compiled_step(
+        make_executor(moe_model(num_layers=4), pipe=pipe, num_microbatches=8, microbatch_size=2)
+    ).as_text()
+    sines = [line for line in text.splitlines() if re.search(r" (co)?sine\(", line)]
+    assert sines and not [line for line in sines if "layers_" in line]
+
+
 def test_no_operation_of_a_layer_slices_the_batch_anew():
     # One layer per stage: there is no loop out of which the compiler could take it.
     executor = make_executor(moe_model(num_layers=4), pipe=4, num_microbatches=8, microbatch_size=2)
