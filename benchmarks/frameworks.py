@@ -13,8 +13,10 @@ from meshes.platform import Platform
 from models import cost
 from models.config import LayerConfig, ModelConfig, MoEFFN
 from piperjax.planner.layer_time import LayerSeconds, price_layer
-from piperjax.planner.network import Group, all_gather
+from piperjax.planner.network import Group, all_gather, all_to_all
 from piperjax.planner.partition import partition_layers
+
+COUNT_BYTES = 4  # of a number of rows
 
 
 class Software(NamedTuple):
@@ -28,6 +30,8 @@ class Software(NamedTuple):
       host_seconds: what the host needs to launch the kernels of one layer, forward and backward; a layer of few tokens
         takes as long.
       reduction: part of the reduction of gradients, and of the gathering of parameters, that nothing hides.
+      products: rate of its matrix products over that of the platform, if its libraries are known to reach another.
+      counts: whether the numbers of rows travel in an all-to-all of their own, before rows do, forward.
     """
 
     streams: float = 1.0
@@ -35,6 +39,8 @@ class Software(NamedTuple):
     dispatcher: str = "flat"
     host_seconds: float = 0.0
     reduction: float = 0.0
+    products: float = 1.0
+    counts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +61,7 @@ class Run:
       memory_mode: what is recomputed, as in a plan.
       capacity_factor: rows of an expert over the balanced number; 0 drops nothing.
       imbalance: rows of the device with most of them over the mean.
+      reductions: how often gradients are reduced in a step; with ZeRO-2 after every microbatch.
       gathers_parameters: whether each layer is gathered for each pass and its gradients scattered (FSDP), exposed.
     """
 
@@ -75,6 +82,7 @@ class Run:
     memory_mode: str = "stash"
     capacity_factor: float = 0.0
     imbalance: float = 1.0
+    reductions: int = 1
     gathers_parameters: bool = False
 
     def __post_init__(self):
@@ -177,13 +185,14 @@ def _priced(run: Run, layer: LayerConfig, *, expert_stride: int = 1, imbalance: 
         pipe=run.pipe,
         data=run.devices // (run.pipe * run.expert * expert_stride),
     )
-    return price_layer(
+    factors = (group, node, max(1, local // expert_stride))
+    seconds = price_layer(
         run.model.d_model,
         layer,
         run.platform,
         tokens=run.tokens,
         seq_len=run.seq_len,
-        expert_factors=(group, node, max(1, local // expert_stride)),
+        expert_factors=factors,
         dtype=run.dtype,
         memory_mode=run.memory_mode,
         dispatcher=run.software.dispatcher,
@@ -192,6 +201,10 @@ def _priced(run: Run, layer: LayerConfig, *, expert_stride: int = 1, imbalance: 
         capacity_factor=run.capacity_factor,
         tensor=run.tensor,
     )
+    if not run.software.counts or not isinstance(layer.ffn, MoEFFN):
+        return seconds
+    counts = all_to_all(run.platform, factors, COUNT_BYTES * layer.ffn.num_experts).seconds
+    return replace(seconds, exchange_forward=seconds.exchange_forward + counts)
 
 
 def _divides(run: Run, layer: LayerConfig) -> bool:
@@ -219,7 +232,8 @@ def _divided(run: Run, layer: LayerConfig) -> LayerSeconds:
 def _layer_total(run: Run, layer: LayerSeconds) -> float:
     software = run.software
     exchanges = software.exposed * (layer.exchange_forward + layer.exchange_backward)
-    device = layer.dense + layer.experts + layer.attention + software.streams * layer.streams + exchanges
+    products = (layer.dense + layer.experts) / software.products
+    device = products + layer.attention + software.streams * layer.streams + exchanges
     return max(device, software.host_seconds)
 
 
@@ -249,9 +263,10 @@ def _head_seconds(run: Run) -> float:
     vocabulary, dtype = run.model.vocab_size / run.tensor, "bfloat16"
     shapes = [(tokens, vocabulary, D), (tokens, D, vocabulary), (vocabulary, D, tokens)]
     head = sum(device.product_seconds(*shape, dtype=dtype) for shape in shapes)
-    head += device.stream_seconds(5.5 * 4 * tokens * vocabulary)
+    loss = device.stream_seconds(5.5 * 4 * tokens * vocabulary)
     join = 3 * device.product_seconds(run.tokens, D, 2 * D, dtype=dtype)
-    return head * (1 + run.model.prediction_layers) + join * run.model.prediction_layers
+    further = run.model.prediction_layers
+    return ((1 + further) * head + further * join) / run.software.products + (1 + further) * loss
 
 
 def _optimizer_seconds(run: Run) -> float:
@@ -261,4 +276,4 @@ def _optimizer_seconds(run: Run) -> float:
     if not run.software.reduction:
         return update
     of_rank = (counted.total - counted.experts) / run.pipe, counted.experts / run.pipe
-    return update + run.software.reduction * 2 * _gathered_once(run, *of_rank)
+    return update + run.software.reduction * (1 + run.reductions) * _gathered_once(run, *of_rank)

@@ -11,22 +11,26 @@ these models stands beside them, and is not judged.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks.frameworks import Run, Software, predict
-from benchmarks.records import (
-    BRIDGE_STREAMS,
-    DROPPING,
-    UnknownRowError,
-    is_of_frontier,
-    model_of,
-    platform_of,
-    positive,
-    whole,
+from benchmarks.frameworks import Run, predict
+from benchmarks.frontier_layers import profiled_layer
+from benchmarks.frontier_runs import (
+    SCRIPTS,
+    SEQUENCES,
+    SYSTEMS,
+    Script,
+    System,
+    counted_flop,
+    counted_layer_flop,
+    moe_bytes_per_token,
+    moe_layer,
+    needed_bytes,
 )
+from benchmarks.records import UnknownRowError, is_of_frontier, model_of, platform_of, positive, whole
 from meshes.axes import divisors
-from models import cost
-from models.config import LayerConfig, ModelConfig, MoEFFN
+from models.config import ModelConfig
+from models.cost import flop_per_token
 from piperjax.planner.candidates import Question
 from piperjax.planner.dispatchers import DISPATCHERS, Way
 from piperjax.planner.layer_time import layer_seconds
@@ -39,85 +43,10 @@ GLOBAL_BATCH = 1_024
 # In weak scaling a device has as much to do in every run, so sequences grow with devices; the largest run, on 1,024,
 # is taken to have as many as others.
 WEAK_SEQUENCES_PER_DEVICE = GLOBAL_BATCH // 1_024
-BYTES = 2  # of an element of a 16-bit type
-# Uneven exchanges make the host wait for counts (as Bridge's releases up to 26.04 do); Piper's overhead is not known.
 OWN, OWN_LIKE_PIPER, OWN_BESIDE = "own planner", "own, as Piper", "own, beside"
+FORWARD = "forward"
 # 1F1B of one stage a rank, and nothing beside anything else (sections 4 and 5 of the paper).
 MEANS_OF_PIPER = {"schedule": "one_f_one_b", "overlap": False, "dispatch_chunks": 1}
-WAITING = Software(streams=BRIDGE_STREAMS["26.02"], dispatcher="halo2_dedup")
-STATIC = DROPPING._replace(dispatcher="halo2_dedup")
-# DeepSpeed's ZeRO-1 as its configuration has it: `overlap_comm` is not asked for. Nor is `--use-rbd`, which would send
-# rows once per node.
-XMOE = WAITING._replace(dispatcher="flat", reduction=1.0)
-
-
-class Script(NamedTuple):
-    """How a published run divided its devices, with one sequence in a microbatch where nothing else is said.
-
-    Attributes:
-      devices, expert, tensor, microbatch, global_batch: as in `frameworks.Run`.
-      memory_mode: what backward repeats.
-    """
-
-    devices: int
-    expert: int
-    tensor: int = 1
-    microbatch: int = 1
-    global_batch: int = 1_024
-    memory_mode: str = "stash"
-
-
-# https://github.com/yueming-yuan/Megatron-DeepSpeed-X-MoE, examples_xmoe: scripts-frontier/n256-Small-XMoE.slurm,
-# n256-Medium-XMoE and n256-Large-XMoE, and of the model for 1,024 devices eval-scripts/pushing-limit/
-# n1024-XL-2560-tp8-ep256-z2-selective-checkpoint, which repeats attention, norms and what experts have inside.
-SCRIPTS = {
-    ("X-MoE", "xmoe-small"): Script(256, expert=8, microbatch=4, global_batch=8_192),
-    ("X-MoE", "xmoe-medium"): Script(256, expert=64),
-    ("X-MoE", "xmoe-large"): Script(256, expert=64, tensor=2),
-    ("X-MoE", "xmoe-super"): Script(1_024, expert=256, tensor=8, memory_mode="named"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class System:
-    """A framework on Frontier.
-
-    Attributes:
-      rows: copies of the rows of routed tokens that a layer keeps.
-      capacity: slots of the experts over rows.
-      mask: whether it keeps a one-hot mask [tokens, experts, slots].
-      pipelines: whether layers can be divided over pipe ranks.
-      replicates: whether experts may be on more than one expert axis, or pipe x expert is all of the devices.
-      tensor: largest number of devices that share heads.
-      divides_experts: whether these share the weights of experts, too; rows are on each of them.
-      recomputes: whether layers may be recomputed.
-      software: habits.
-    """
-
-    rows: float
-    capacity: float = 1.0
-    mask: bool = False
-    pipelines: bool = False
-    replicates: bool = True
-    tensor: int = 1
-    divides_experts: bool = False
-    recomputes: bool = True
-    software: Software = WAITING
-
-
-# Copies of rows: dispatched, received, returned and combined (DeepSpeed-MoE), one fewer (Tutel), received and returned
-# (X-MoE). They give the 2.81, 1.95 and 1.21 GiB of a layer of X-MoE Large that X-MoE publishes in its Table 4.
-SYSTEMS = {
-    "DeepSpeed-MoE": System(rows=4, capacity=1.25, mask=True, recomputes=False),
-    "DeepSpeed-TED": System(
-        rows=4, capacity=1.25, mask=True, recomputes=False, tensor=4, divides_experts=True
-    ),
-    "Tutel": System(rows=3, capacity=1.25, recomputes=False),
-    "X-MoE": System(rows=2, tensor=8, software=XMOE),
-    "theory": System(rows=2),
-    # Its planner's rule: PP x EP = devices, data parallelism is inside EP (section 4 of the paper).
-    "Piper": System(rows=2, pipelines=True, replicates=False, software=STATIC),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +56,8 @@ class Outcome:
     Attributes:
       label: what was run.
       kind: "layer", "known plan", "best division", "own planner", "own, as Piper" (our planner with Piper's means),
-        "own, beside" (our planner where a plan is known), "memory" (GiB a layer keeps) or "fits".
+        "own, beside" (our planner where a plan is known), "memory" (GiB a layer keeps), "fits" or "forward"
+        (milliseconds of a layer).
       published, predicted: in the unit of the row; for "fits" 1 if it ran, 0 if it ran out of memory.
       note: the plan that was found, or bytes.
     """
@@ -145,8 +75,11 @@ class Outcome:
 
     @property
     def is_judged(self) -> bool:
-        """Whether there is a bar for this kind of row: our planner may be better than a plan that is known."""
-        return self.kind != OWN_BESIDE
+        """Whether there is a bar for such a row: our planner may be better than a plan that is known.
+
+        Profiles are judged together.
+        """
+        return self.kind not in (OWN_BESIDE, FORWARD)
 
     @property
     def is_met(self) -> bool:
@@ -168,6 +101,9 @@ def outcomes(row: Mapping[str, Any]) -> Iterator[Outcome]:
     if not is_of_frontier(str(row.get("src") or "")):
         raise UnknownRowError("not a form of measurement with known parallelism")
     row = _checked(row)
+    if "forward_ms" in row:
+        yield Outcome(kind=FORWARD, **profiled_layer(row)._asdict())
+        return
     if name.startswith("piper-weak"):
         row = {"gbs": WEAK_SEQUENCES_PER_DEVICE * row.get("gpus", 0) or None} | row
         name = {"E16": "weak_110b", "E128": "weak_862b", "E256": "weak_1_7t"}.get(
@@ -214,9 +150,9 @@ def _whole_models(model: ModelConfig, row: Mapping[str, Any], system: System) ->
         yield _fits(model, row, system, devices, seq_len)
     if "tflops" not in row or strategy not in ("Piper", "X-MoE"):
         return
-    script = SCRIPTS.get((strategy, name))
+    script = SCRIPTS.get((strategy, name, devices))
     # A row that names other sequences or recomputation is of another run.
-    if script and script.devices == devices and not row.keys() & {"seq", "recompute"}:
+    if script and not row.keys() & {"seq", "recompute"}:
         yield _known_plan(model, row, system, script)
         yield _own_plan(model, row, devices, seq_len, kind=OWN_BESIDE)
         return
@@ -227,12 +163,9 @@ def _whole_models(model: ModelConfig, row: Mapping[str, Any], system: System) ->
             yield _own_plan(model, row, devices, seq_len, kind=OWN_LIKE_PIPER, wished=MEANS_OF_PIPER)
 
 
-SEQUENCES = {"xmoe-small": 2048, "xmoe-medium": 4096, "xmoe-large": 4096, "xmoe-super": 4096}
-
-
 def _single_layer(model: ModelConfig, row: Mapping[str, Any], label: str) -> Outcome:
     platform, tokens = platform_of(row["hw"]), SINGLE_LAYER_TOKENS
-    layer, devices = _moe_layer(model), row["gpus"]
+    layer, devices = moe_layer(model), row["gpus"]
     if layer.ffn.num_experts % devices:
         raise UnknownRowError(f"{layer.ffn.num_experts} experts do not divide by {devices} devices")
     found = layer_seconds(
@@ -246,43 +179,8 @@ def _single_layer(model: ModelConfig, row: Mapping[str, Any], label: str) -> Out
         rows="exact",
     )
     seconds = found.forward + found.backward + found.exchange_forward + found.exchange_backward
-    flop = 3 * cost.layer_flop(model, layer, 4096).total * tokens
+    flop = 3 * counted_layer_flop(model, layer, 4096) * tokens
     return Outcome(label=label, kind="layer", published=row["tflops"], predicted=flop / seconds / 1e12)
-
-
-def _moe_layer(model: ModelConfig) -> LayerConfig:
-    found = next((layer for layer in model.layers if isinstance(layer.ffn, MoEFFN)), None)
-    if found is None:
-        raise UnknownRowError(f"{model.name} has no experts")
-    return found
-
-
-def moe_bytes_per_token(model: ModelConfig, system: System, tokens: int) -> float:
-    """Bytes that the routed part of one layer keeps per token, of `tokens` on a device."""
-    layer = _moe_layer(model)
-    kept = cost.layer_activation_bytes(model, layer, tokens)
-    k = layer.ffn.experts_per_token
-    mask = BYTES * system.capacity * tokens * k if system.mask else 0
-    return system.capacity * (system.rows * kept.dispatch + kept.experts) + mask
-
-
-def needed_bytes(model: ModelConfig, system: System, run: Run) -> float:
-    """Bytes on a device: state with ZeRO-1, what layers keep for the microbatches in flight, logits, and a reserve."""
-    counted = cost.parameters(model)
-    tensor = run.tensor
-    dense = (counted.total - counted.experts) / (run.pipe * tensor)
-    experts = counted.experts / (run.pipe * run.expert * (tensor if system.divides_experts else 1))
-    copies = max(1, run.devices // (run.pipe * run.expert))
-    state = 4 * (dense + experts) + 12 * (dense / run.groups + experts / copies)
-    layer = cost.layer_activation_bytes(model, _moe_layer(model), run.seq_len)
-    tokens = run.tokens if tensor == 1 or not system.mask else run.tokens * tensor
-    around = (layer.norms + layer.attention) / (tensor if system.mask else 1)
-    routed = moe_bytes_per_token(model, system, int(tokens))
-    one_layer = tokens * (around + routed)
-    layers = model.num_layers / run.pipe * min(run.pipe, run.num_microbatches)
-    stored = one_layer if run.memory_mode == "stash" else tokens * BYTES * model.d_model
-    kept = layers * stored + (one_layer if run.memory_mode != "stash" else 0)
-    return state + kept + 6 * tokens * model.vocab_size + run.platform.device.reserve_bytes
 
 
 def _divisions(
@@ -335,23 +233,21 @@ def _fits(model: ModelConfig, row: Mapping[str, Any], system: System, devices: i
 
 
 def _known_plan(model: ModelConfig, row: Mapping[str, Any], system: System, script: Script) -> Outcome:
-    """A run as its script has it, with new routers: some expert of every layer is as full as its capacity allows."""
-    run = Run(
-        model=model,
-        platform=platform_of(row["hw"]),
-        software=system.software,
-        seq_len=SEQUENCES[row["model"]],
-        imbalance=row.get("cap_factor", 1.0),
-        **script._asdict(),
-    )
+    """A run as its script has it."""
+    run = script.run(model, row, system)
     return Outcome(
         label=f"{row['strategy']} {row['model']} {row['gpus']} devices",
         kind="known plan",
         published=row["tflops"],
-        predicted=predict(run).flop_per_second / 1e12,
+        predicted=_counted(run),
         note=f"expert {run.expert}, tensor {run.tensor}, {run.microbatch} of {run.global_batch} sequences, "
         f"{run.memory_mode}",
     )
+
+
+def _counted(run: Run) -> float:
+    """TFLOP/s of a device, as they are counted."""
+    return predict(run).tokens_per_second * counted_flop(run.model, run.seq_len) / 1e12
 
 
 def _best_division(model: ModelConfig, row: Mapping[str, Any], system: System, seq_len: int) -> Outcome:
@@ -364,7 +260,7 @@ def _best_division(model: ModelConfig, row: Mapping[str, Any], system: System, s
             if needed_bytes(model, system, run) <= run.platform.device.memory_bytes
         ]
         if runs:
-            best = max(runs, key=lambda run: predict(run).flop_per_second)
+            best = max(runs, key=_counted)
             break
     else:
         raise UnknownRowError(f"no division fits for {row.get('strategy', 'Piper')}")
@@ -373,7 +269,7 @@ def _best_division(model: ModelConfig, row: Mapping[str, Any], system: System, s
         label=f"{row.get('strategy', 'Piper')} {row['model']} {devices} devices",
         kind="best division",
         published=row["tflops"],
-        predicted=predict(best).flop_per_second / 1e12,
+        predicted=_counted(best),
         note=f"pipe {best.pipe}, expert {best.expert}, tensor {best.tensor}, {best.microbatch} sequences, {mode}",
     )
 
@@ -405,6 +301,7 @@ def _own_plan(
         note = str(error).partition(";")[0]
         return Outcome(label=label, kind=kind, published=row["tflops"], predicted=0.0, note=note)
     plan = best.plan
+    counted = counted_flop(model, seq_len) / flop_per_token(model, seq_len).step
     rest = {"passes": "the rest in later passes", "drop": "the rest dropped"}[plan.overflow]
     limit = f", places for {plan.capacity_factor:g} of balanced rows, {rest}" if plan.capacity_factor else ""
     narrow = "" if plan.gradient_dtype == "float32" else f", gradients in {plan.gradient_dtype}"
@@ -413,7 +310,7 @@ def _own_plan(
         label=label,
         kind=kind,
         published=row["tflops"],
-        predicted=best.time.flop_per_second / 1e12,
+        predicted=best.time.flop_per_second * counted / 1e12,
         note=f"pipe {plan.pipe}, expert {plan.expert}, {order}, {plan.memory_mode}, "
         f"{Way(plan.dispatch, plan.dispatch_chunks)}{limit}{narrow}",
     )

@@ -14,8 +14,9 @@ import argparse
 import sys
 from math import exp, log
 
+from benchmarks.frameworks import COUNT_BYTES
 from meshes.platform import Device, Link, Platform, load_platform
-from piperjax.planner.collectives import all_to_all
+from piperjax.planner.collectives import all_to_all, between_nodes, inside_nodes
 from piperjax.planner.locality import Group
 from piperjax.planner.network import dispatch_transfer, expected_nodes
 from piperjax.planner.network_simulation import simulate_all_to_all
@@ -199,11 +200,40 @@ def published_rates() -> list[tuple[str, float, float]]:
         reached = expected_nodes(256, 8, factors[1] if factors[1] > 1 else factors[2])
         label = f"DeepEP GB/s, {name}, {factors[1]} x 8, {element_bytes} B"
         rates.append((label, 8192 * reached * row_bytes / cost.seconds / 1e9, published))
-    frontier = load_platform("frontier")
-    layer |= dict(expert_factors=frontier.expert_factors(32, 1, 1), tokens=4096, row_bytes=2 * 7168)
-    flat = dispatch_transfer(frontier, dispatcher="flat", **layer).seconds
-    once = dispatch_transfer(frontier, dispatcher="halo2_dedup", **layer).seconds
+    flat, once = dispatch_of_x_moe(load_platform("frontier"))
     return [*rates, ("X-MoE speed-up, frontier, 4 x 8", flat / once, XMOE_SPEEDUP)]
+
+
+def dispatch_of_x_moe(platform: Platform, *, tokens: int = 4096, d_model: int = 7168) -> tuple[float, float]:
+    """Seconds of dispatch on 32 devices, E=256, k=8: a copy for every expert, and once per node (its section on RBD).
+
+    The second sends one row of a token to each node that it reaches, from these makes those of all experts of the node,
+    and exchanges them inside, one after the other. Rows are gathered before they are sent, and every exchange is
+    preceded by one of the numbers of rows.
+    """
+    E, k, row_bytes = 256, 8, 2 * d_model
+    factors = platform.expert_factors(32, 1, 1)
+    num_nodes, rows = factors[0] * factors[1], tokens * k
+    pilots = tokens * expected_nodes(E, k, num_nodes)
+
+    def moved(read: float, written: float) -> float:
+        return platform.device.elementwise_seconds("rows", (read + written) * row_bytes)
+
+    counts = all_to_all(platform, factors, COUNT_BYTES * E).seconds
+    flat = dispatch_transfer(
+        platform,
+        expert_factors=factors,
+        tokens=tokens,
+        row_bytes=row_bytes,
+        num_experts=E,
+        experts_per_token=k,
+        dispatcher="flat",
+        rows="exact",
+    ).seconds
+    once = between_nodes(platform, factors, pilots * row_bytes).seconds + moved(pilots, pilots)
+    inside = inside_nodes(platform, factors, rows * row_bytes).seconds + moved(pilots, rows)
+    counted_inside = inside_nodes(platform, factors, COUNT_BYTES * E).seconds
+    return counts + moved(rows, rows) + flat, counts + once + counted_inside + inside
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.frameworks import predict
-from benchmarks.frontier import Outcome, outcomes
+from benchmarks.frontier import FORWARD, Outcome, outcomes
 from benchmarks.records import BRIDGE_STREAMS, Record, UnknownRowError, platform_of, read
 
 GOLDEN = Path(__file__).parent / "published.jsonl"
@@ -154,8 +154,8 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return smaller + (equal - 1) / 2
 
 
-def summarise(pairs: Sequence[tuple[Record, float]]) -> tuple[float, float]:
-    """Median absolute error and rank correlation of one platform."""
+def summarise(pairs: Sequence[tuple[Record | Outcome, float]]) -> tuple[float, float]:
+    """Median absolute error and rank correlation of one platform, or of the profiles of layers on it."""
     published = [record.published for record, _ in pairs]
     predicted = [value for _, value in pairs]
     error = statistics.median(abs(b / a - 1) for a, b in zip(published, predicted, strict=True))
@@ -182,16 +182,9 @@ def report(results: Results) -> bool:
     _print_left_out(results.left_out)
     left = {name: _summed(results, name) for name in dict.fromkeys(name for name, _ in results.reasons)}
     for platform, pairs in sorted(results.measured.items()):
-        error, correlation = summarise(pairs)
-        ranked = len(pairs) >= FEWEST_TO_RANK and not np.isnan(correlation)
-        fine = error <= MEDIAN_ERROR and (not ranked or correlation >= RANK_CORRELATION)
-        met &= fine
-        shown = f"{correlation:.3f}" if ranked else "too few"
-        print(
-            f"bar 3 {platform:<14} {len(pairs):3} rows: median error {error:6.1%} (bar {MEDIAN_ERROR:.0%}), rank "
-            f"correlation {shown} (bar {RANK_CORRELATION}): {'met' if fine else 'MISSED'}; "
-            f"{left.pop(platform, 'none left out')}"
-        )
+        met &= _judge_together(f"{platform:<14}", pairs, f"; {left.pop(platform, 'none left out')}")
+    if profiles := [(outcome, outcome.predicted) for outcome in results.others if outcome.kind == FORWARD]:
+        met &= _judge_together(f"frontier {FORWARD}", profiles)
     for kind in dict.fromkeys(outcome.kind for outcome in results.others if outcome.is_judged):
         of_kind = [outcome for outcome in results.others if outcome.kind == kind]
         good = sum(outcome.is_met for outcome in of_kind)
@@ -201,6 +194,19 @@ def report(results: Results) -> bool:
     for platform, text in sorted(left.items()):
         print(f"{platform}: {text}")
     return met
+
+
+def _judge_together(name: str, pairs: Sequence[tuple[Record | Outcome, float]], more: str = "") -> bool:
+    """Prints the errors of rows of one kind; returns whether they are within the bars."""
+    error, correlation = summarise(pairs)
+    ranked = len(pairs) >= FEWEST_TO_RANK and not np.isnan(correlation)
+    fine = error <= MEDIAN_ERROR and (not ranked or correlation >= RANK_CORRELATION)
+    shown = f"{correlation:.3f}" if ranked else "too few"
+    print(
+        f"bar 3 {name} {len(pairs):3} rows: median error {error:6.1%} (bar {MEDIAN_ERROR:.0%}), rank "
+        f"correlation {shown} (bar {RANK_CORRELATION}): {'met' if fine else 'MISSED'}{more}"
+    )
+    return fine
 
 
 def _print_left_out(left_out: Sequence[LeftOut]) -> None:

@@ -154,11 +154,14 @@ def _phase(platform: Platform, peers: np.ndarray, part_bytes: float, ready: np.n
     there = target >= 0
     level = _levels(platform, source, np.where(there, target, source))
     cost = np.array([link.message_seconds for link in platform.links])
-    posting = np.cumsum(np.where(there, cost[level], 0.0), axis=2)
+    costs = np.where(there, cost[level], 0.0)
+    posting = (
+        np.cumsum(costs, axis=2) - costs
+    )  # The first is posted at once, and its cost is that of the next one.
     free = np.zeros(len(peers))
     for i in range(chunks):
         posting[:, i] += np.maximum(ready[:, i], free)[:, None]
-        free = posting[:, i, -1]
+        free = posting[:, i, -1] + costs[:, i, -1]
     messages = _Messages(source[there], target[there], level[there], posting[there])
     end = _passage(platform, messages, part_bytes)
     done = ready.copy().reshape(-1)
@@ -175,9 +178,7 @@ def _passage(platform: Platform, messages: _Messages, part_bytes: float) -> np.n
     for chosen, way in ((~outside, _through_node), (outside, _through_network)):
         if chosen.any():
             end[chosen] = way(platform, messages.where(chosen), part_bytes)
-    # What the first message takes longer than its posting is the way there, and is on top for each.
-    flight = np.array([max(0.0, link.latency_seconds - link.message_seconds) for link in platform.links])
-    return end + flight[level]
+    return end + np.array([link.latency_seconds for link in platform.links])[level]
 
 
 def _levels(platform: Platform, source: np.ndarray, target: np.ndarray) -> np.ndarray:

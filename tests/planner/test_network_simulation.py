@@ -16,6 +16,7 @@ from benchmarks.network import (
     measured_errors,
     simulated_speedups,
 )
+from meshes.platform import Device, Link, Platform
 from piperjax.planner import network_simulation
 from piperjax.planner.collectives import all_to_all, leaders_of_a_pair
 from piperjax.planner.locality import Group
@@ -128,6 +129,16 @@ def test_another_simulation_of_the_same_machine_agrees():
         assert spread < {"halo2": 1.2, "halo3": 1.45}[case[1]], (case, ratios)
         if case[0] >= 8:
             assert np.abs(ratios - 1).max() < 0.2, (case, ratios)
+
+
+def test_a_first_message_takes_its_latency_and_further_ones_their_distance():
+    """Also where messages are further apart than one of them takes: n peers take a latency and n - 1 distances."""
+    link = Link(name="wire", devices=64, bytes_per_second=1e12, latency_seconds=2e-5, message_seconds=1e-4)
+    platform = Platform(name="one", description="d", device=Device(), devices_per_node=1, links=(link,))
+    for nodes in (2, 5, 64):
+        expected = 2e-5 + (nodes - 2) * 1e-4
+        assert simulate_all_to_all(platform, nodes, 1.0) == pytest.approx(expected, rel=1e-3)
+        assert all_to_all(platform, Group(nodes), 1.0).seconds == pytest.approx(expected, rel=1e-3)
 
 
 def test_closed_forms_stay_close_to_the_simulation():

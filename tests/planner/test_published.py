@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.frameworks import Run, Software, predict
-from benchmarks.frontier import SYSTEMS, moe_bytes_per_token, outcomes
+from benchmarks.frontier import FORWARD, outcomes
+from benchmarks.frontier_layers import PARTS, profiled_layer
+from benchmarks.frontier_runs import (
+    SCRIPTS,
+    SYSTEMS,
+    counted_flop,
+    counted_layer_flop,
+    moe_bytes_per_token,
+)
 from benchmarks.records import UnknownRowError, bridge_software, degrees, platform_of, read
 from benchmarks.validate import (
     GOLDEN,
@@ -24,7 +32,7 @@ from benchmarks.validate import (
 from meshes.platform import load_platform
 from models import cost
 from models.presets import preset
-from piperjax.planner.network import Group, all_gather
+from piperjax.planner.network import Group, all_gather, all_to_all
 
 ROWS = [line.row for line in load(GOLDEN)]
 BRIDGE = next(row for row in ROWS if row.get("platform") == "gb200")
@@ -69,8 +77,8 @@ def test_weak_scaling_loses_what_was_published():
 
 def test_runs_of_x_moe_are_priced_as_their_scripts_have_them():
     rows = [row for row in ROWS if row.get("strategy") == "X-MoE" and "tflops" in row]
-    known = {row["model"]: next(o for o in outcomes(row) if o.kind == "known plan") for row in rows}
-    assert all(known[f"xmoe-{size}"].is_met for size in ("small", "medium", "large"))
+    assert len(rows) == len(SCRIPTS) == 5
+    assert all(found.is_met for row in rows for found in outcomes(row) if found.kind == "known plan")
     medium = next(row for row in rows if row["model"] == "xmoe-medium")
     kinds = [o.kind for o in outcomes(medium)]
     assert kinds == ["fits", "known plan", "own, beside"]
@@ -78,8 +86,91 @@ def test_runs_of_x_moe_are_priced_as_their_scripts_have_them():
     for other in ({"gpus": 128}, {"seq": 2048}, {"recompute": "full"}):
         assert [o.kind for o in outcomes(medium | other)] == ["fits", "best division", "own planner"]
     # The fuller the busiest device, the longer; nothing was said of rows that say nothing.
-    even = next(o for o in outcomes({**medium, "cap_factor": None}) if o.kind == "known plan")
-    assert even.predicted > known["xmoe-medium"].predicted
+    full, even = (
+        next(o for o in outcomes({**medium, "cap_factor": factor}) if o.kind == "known plan")
+        for factor in (medium["cap_factor"], None)
+    )
+    assert even.predicted > full.predicted
+    run = SCRIPTS["X-MoE", "xmoe-medium", 256].run(preset("xmoe_medium"), medium, SYSTEMS["X-MoE"])
+    attention = run.model.layers[0].attention
+    assert (attention.num_heads, attention.head_dim, run.model.vocab_size) == (128, 40, 50_304)
+
+
+def test_flop_of_frontier_are_counted_as_x_moe_does():
+    """By hand, Small: 8 D^2 of projections, 4 S D of scores, 4 k D d_ff of experts, 2 V D of the head; no router."""
+    model, S, D = preset("xmoe_small"), 2048, 2048
+    layer = 8 * D**2 + 4 * S * D + 4 * 6 * D * 1408
+    assert counted_layer_flop(model, model.layers[0], S) == layer
+    assert counted_flop(model, S) == 3 * (28 * layer + 2 * model.vocab_size * D)
+
+
+PROFILES = [row for row in ROWS if "forward_ms" in row]
+
+
+def test_profiles_of_layers_are_predicted_within_the_bar(capsys):
+    assert len(PROFILES) == 41
+    results = evaluate(PROFILES)
+    assert {o.kind for o in results.others} == {FORWARD} and not results.left_out
+    error, correlation = summarise([(o, o.predicted) for o in results.others])
+    assert error <= MEDIAN_ERROR and correlation >= RANK_CORRELATION
+    assert report(results)
+    printed = capsys.readouterr().out
+    assert "bar 3 frontier forward  41 rows" in printed and "MISSED" not in printed
+
+
+def test_profiles_that_are_wrong_are_missed(capsys):
+    slow = [{**row, "forward_ms": {p: 2 * ms for p, ms in row["forward_ms"].items()}} for row in PROFILES]
+    assert not report(evaluate(slow))
+    assert "bar 3 frontier forward  41 rows" in capsys.readouterr().out
+
+
+def test_parts_of_a_profile_by_hand():
+    """Medium, one sequence: 2 T 3 D^2 of projections at 0.88 of 0.68 of the peak, smaller by shape."""
+    row = next(row for row in PROFILES if row["hp"]["d"] == 5120 and row["microbatch"] == 1)
+    profile = profiled_layer(row)
+    ratios = dict(
+        zip(PARTS, (float(part.rsplit(" ", 1)[1]) for part in profile.note.split(", ")), strict=True)
+    )
+    T, D = 4096, 5120
+    shape = T / (T + 64) * (3 * D / (3 * D + 64)) * (D / (D + 64))
+    seconds = 6 * T * D**2 / (0.88 * 0.68 * 191.5e12 * shape)
+    expected = 1e3 * seconds / row["forward_ms"]["query_key_value"]
+    assert ratios["query_key_value"] == pytest.approx(expected, abs=0.006)
+    total = sum(ratios[part] * row["forward_ms"][part] for part in PARTS)
+    assert profile.predicted == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hp": {"d": 5120}}, "the row has no field 'ff'"),
+        ({"hp": None}, "has its shape in hp"),
+        ({"forward_ms": {"experts": 1.0}}, "forward_ms must have query_key_value"),
+        ({"gpus": 7}, "do not divide"),
+        ({"hw": "TPU"}, "no platform file describes 'TPU'"),
+        ({"microbatch": 0}, "microbatch must be a whole number"),
+    ],
+)
+def test_profiles_that_cannot_be_priced_say_why(changes, reason):
+    (left,) = evaluate([{**PROFILES[0], **changes}]).left_out
+    assert reason in left.reason
+
+
+def test_products_counts_and_reductions_of_a_framework():
+    """Products take 1 / fraction of their time; counts one all-to-all forward; ZeRO-2 as many reductions."""
+    options = dict(devices=64, expert=64, global_batch=256, platform=load_platform("frontier"))
+    usual = Run(model=preset("xmoe_medium"), software=Software(reduction=1.0), **options)
+    half = predict(replace(usual, software=usual.software._replace(products=0.5)))
+    products = predict(usual).layer.dense + predict(usual).layer.experts
+    more = half.step_seconds - predict(usual).step_seconds
+    M = usual.num_microbatches
+    assert M * products < more < 1.1 * M * products  # and those of the head
+    layer = predict(replace(usual, software=usual.software._replace(counts=True))).layer
+    counts = all_to_all(usual.platform, Group(64), 4 * 128).seconds
+    assert layer.exchange_forward - predict(usual).layer.exchange_forward == pytest.approx(28 * counts)
+    assert layer.exchange_backward == predict(usual).layer.exchange_backward
+    once, twice, often = (predict(replace(usual, reductions=n)).step_seconds for n in (1, 2, M))
+    assert often - once == pytest.approx((M - 1) * (twice - once))
 
 
 def test_what_stands_beside_a_known_plan_is_not_judged(capsys):
@@ -282,7 +373,7 @@ OF_PIPER = next(row for row in ROWS if row.get("scope"))
 OF_X_MOE = next(row for row in ROWS if row.get("oom"))
 
 
-@pytest.mark.parametrize("row", [BRIDGE, FOLDING, PRIMUS, OF_PIPER, OF_X_MOE])
+@pytest.mark.parametrize("row", [BRIDGE, FOLDING, PRIMUS, OF_PIPER, OF_X_MOE, PROFILES[0]])
 def test_every_field_may_be_anything(row):
     """Missing, null, or of another kind: a row is predicted or left out with a sentence."""
     for name in row:
