@@ -74,6 +74,8 @@ def _meshes() -> Iterator[Case]:
     yield case(scaled("weak_862b", num_layers=16), (16, 2, 2), sequences=1)
     yield case(mixtral, (2, 1, 2), seq_len=1024, sequences=1)
     yield case(mixtral, (2, 2, 1), seq_len=768, sequences=1, dtype="float32")
+    for memory_mode in ("products", "stash"):
+        yield case(weak, (2, 1, 1), seq_len=1024, sequences=2, dtype="float32", memory_mode=memory_mode)
     yield case(scaled("mixtral_8x7b", vocab_size=24_000), (2, 2, 2), sequences=4)
     yield case(scaled("mixtral_8x7b", vocab_size=16_384), (2, 1, 2), vocabulary="whole", sequences=4)
     yield case(scaled("mixtral_8x7b", vocab_size=16_384), (2, 1, 2), vocabulary="whole", dtype="float32")

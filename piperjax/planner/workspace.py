@@ -122,7 +122,7 @@ def layer_backward(
         dispatch=2 * R * d_model * w,
         workspace=of_weights
         + beside
-        + R * w * (up + 1 - _read_where_kept(up, memory_mode)) * ffn.d_ff
+        + R * w * _hidden_beside_attention(up, memory_mode) * ffn.d_ff
         + (_scores_of_a_block(share) if in_blocks else 2.1) * of_scores,
     )
     # Blocks larger than the experts' hidden rows leave gaps where these were.
@@ -143,6 +143,15 @@ def _scores_of_a_block(share: Share) -> float:
 def _read_where_kept(up: int, memory_mode: str) -> int:
     """Rows of experts, d_ff wide, between their matrices that are read where they were kept: these do not run again."""
     return {"products": up, "stash": up + 1}.get(memory_mode, 0)
+
+
+def _hidden_beside_attention(up: int, memory_mode: str) -> int:
+    """Rows of experts, d_ff wide, that weight gradients wait for while the backward of attention runs.
+
+    What was made again from what is kept; with one matrix up, also the gradient of what it made.
+    """
+    read = _read_where_kept(up, memory_mode)
+    return up + 1 - read + (up == 1 and read > 0)
 
 
 def _rows_and_hidden(

@@ -1,5 +1,7 @@
 """Working sets grow with what they consist of."""
 
+import dataclasses
+
 import pytest
 
 from models.presets import preset
@@ -52,6 +54,26 @@ def test_what_was_kept_between_the_matrices_of_experts_is_read_where_it_is():
     ffn = TINY.kinds["moe"].ffn
     hidden = Share(sequences=8, seq_len=64, dtype="float32").rows(ffn) * ffn.d_ff * 4
     assert (layer - products, layer - stash) == (2 * hidden, 3 * hidden)
+
+
+def test_with_one_matrix_up_its_gradient_waits_for_the_backward_of_attention():
+    """Scores of long sequences are the most; made again are what it made and what was made of that."""
+    moe = TINY.kinds["moe"]
+    layer = dataclasses.replace(moe, ffn=dataclasses.replace(moe.ffn, num_matrices=2))
+    share = Share(sequences=1, seq_len=1024, dtype="float32")
+    total = {
+        mode: workspace.layer_backward(
+            TINY.d_model,
+            layer,
+            STORED.layers["moe"],
+            Backend(widens=True, share=share),
+            splits=False,
+            memory_mode=mode,
+        ).total
+        for mode in ("layer", "products", "stash")
+    }
+    hidden = share.rows(layer.ffn) * layer.ffn.d_ff * 4
+    assert (total["layer"] - total["products"], total["layer"] - total["stash"]) == (0, hidden)
 
 
 def test_an_input_gradient_needs_less_than_a_backward():
