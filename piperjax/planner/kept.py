@@ -175,6 +175,24 @@ def _message_words(D: int, ffn: MoEFFN, share: Share, *, ids: bool = True) -> in
     return D + sum(ceil(num_bytes / word) for num_bytes in beside)
 
 
+def hidden_read_where_kept(up: int, memory_mode: str) -> int:
+    """Rows of experts, d_ff wide, between their matrices that are read where they were kept: these do not run again."""
+    return {"products": up, "stash": up + 1}.get(memory_mode, 0)
+
+
+def bytes_read_where_kept(layer: LayerConfig, share: Share, memory_mode: str) -> int:
+    """Bytes that backward reads in the buffers in which they were kept, and copies no further."""
+    ffn = layer.ffn
+    if not isinstance(ffn, MoEFFN):
+        return 0
+    return (
+        share.rows(ffn)
+        * share.itemsize
+        * hidden_read_where_kept(ffn.num_matrices - 1, memory_mode)
+        * ffn.d_ff
+    )
+
+
 def _products(D: int, layer: LayerConfig, share: Share) -> int:
     """Results of projections, of the router and of experts' first products; indices of sorted rows; what travelled.
 

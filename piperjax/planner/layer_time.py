@@ -14,7 +14,7 @@ from meshes.device import ProductPart
 from meshes.platform import Device, Platform
 from models.config import DenseFFN, LayerConfig, ModelConfig, MoEFFN
 from models.query_blocks import is_in_blocks
-from piperjax.planner.kept import Share, kept_bytes, tap_bytes
+from piperjax.planner.kept import Share, bytes_read_where_kept, kept_bytes, tap_bytes
 from piperjax.planner.later_passes import LaterPasses, later_passes
 from piperjax.planner.layer_exchanges import Exchanges, static_exchanges
 from piperjax.planner.network import (
@@ -175,7 +175,8 @@ def price_layer(
     if share is not None:
         kept, taps = (count(d_model, layer, share, memory_mode) for count in (kept_bytes, tap_bytes))
         weights = itemsize * sum(p.weights for p in work.products)
-        held = Held(kept_bytes=kept, tap_bytes=taps, weight_bytes=weights)
+        in_place = bytes_read_where_kept(layer, share, memory_mode)
+        held = Held(kept_bytes=kept, in_place_bytes=in_place, tap_bytes=taps, weight_bytes=weights)
     later = LaterPasses() if buffer is None else later_passes(platform, share, ffn, imbalance)
     compute = pricing.with_later_passes(pricing.seconds(memory_mode, held), later, itemsize)
     row_bytes = d_model * itemsize
@@ -223,15 +224,18 @@ def _parts(ffn: DenseFFN | MoEFFN) -> int:
 class Held(NamedTuple):
     """Bytes of a layer in buffers with room for several: of layers, microbatches, or both (`runtime/slots.py`).
 
-    What is written there is copied, and so is what is read. Other frameworks keep every tensor for itself.
+    What is written there is copied, and so is what is read, but for what one operation reads alone. Other frameworks
+    keep every tensor for itself.
 
     Attributes:
       kept_bytes: what forward leaves for backward.
+      in_place_bytes: of that what is read without a copy.
       tap_bytes: what an input gradient leaves for a weight gradient.
       weight_bytes: weights, which forward and backward cut out of those of all layers, if there are others.
     """
 
     kept_bytes: float = 0.0
+    in_place_bytes: float = 0.0
     tap_bytes: float = 0.0
     weight_bytes: float = 0.0
 
@@ -275,11 +279,10 @@ class _Pricing:
     def seconds(self, memory_mode: str, held: Held) -> dict[str, float]:
         """Fields of `LayerSeconds` without exchanges."""
         forward = self._forward(lambda _: True, attention=1.0, streams=lambda _: True)
-        copies, slices = (
-            self._stream(2 * part, 1) if part else 0.0 for part in (held.kept_bytes, held.weight_bytes)
-        )
+        copied = (held.kept_bytes, held.kept_bytes - held.in_place_bytes, held.weight_bytes)
+        written, read, slices = (self._stream(2 * part, 1) if part else 0.0 for part in copied)
         taps = self._stream(2 * held.tap_bytes, 1) if held.tap_bytes else 0.0
-        forward["streams"] += copies
+        forward["streams"] += written
         again = self._recomputed(memory_mode)
         products = self.work.products
         inputs = self._by_kind(products, self._input_gradient)
@@ -296,7 +299,7 @@ class _Pricing:
             )
         for p in products:  # Added to what other microbatches left.
             weights["streams"] += self._stream(2 * self.gradient_bytes * p.weights, 0)
-        inputs["streams"] += copies
+        inputs["streams"] += read
         total = {kind: forward[kind] + again[kind] + inputs[kind] + weights[kind] for kind in forward}
         input_gradient = sum(again.values()) + sum(inputs.values())
         weight_gradient = sum(weights.values())

@@ -12,7 +12,13 @@ from typing import NamedTuple
 
 from models.config import DenseFFN, LayerConfig, MoEFFN
 from models.query_blocks import is_in_blocks, query_block
-from piperjax.planner.kept import Share, attention_widths, message_bytes, tap_bytes
+from piperjax.planner.kept import (
+    Share,
+    attention_widths,
+    hidden_read_where_kept,
+    message_bytes,
+    tap_bytes,
+)
 from piperjax.planner.plan import RECOMPUTING_MODES
 from piperjax.planner.storage import LayerWeights
 
@@ -140,17 +146,12 @@ def _scores_of_a_block(share: Share) -> float:
     return 2 + (share.itemsize / share.wide if share.itemsize < share.wide else 0)
 
 
-def _read_where_kept(up: int, memory_mode: str) -> int:
-    """Rows of experts, d_ff wide, between their matrices that are read where they were kept: these do not run again."""
-    return {"products": up, "stash": up + 1}.get(memory_mode, 0)
-
-
 def _hidden_beside_attention(up: int, memory_mode: str) -> int:
     """Rows of experts, d_ff wide, that weight gradients wait for while the backward of attention runs.
 
     What was made again from what is kept; with one matrix up, also the gradient of what it made.
     """
-    read = _read_where_kept(up, memory_mode)
+    read = hidden_read_where_kept(up, memory_mode)
     return up + 1 - read + (up == 1 and read > 0)
 
 
@@ -160,7 +161,7 @@ def _rows_and_hidden(
     """Bytes of rows at experts, and of what is between their matrices, in the backward of experts."""
     share, w, up = backend.share, backend.itemsize, ffn.num_matrices - 1
     R, once = share.rows(ffn), 0
-    read = _read_where_kept(up, memory_mode)
+    read = hidden_read_where_kept(up, memory_mode)
     if share.deduplicates and memory_mode in RECOMPUTING_MODES:
         # Of one chunk, messages as they arrived.
         once = share.buffers(ffn).arrived * message_bytes(d_model, ffn, share) // share.dispatch_chunks

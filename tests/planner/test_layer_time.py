@@ -5,6 +5,7 @@ import pytest
 from meshes.device import Attention, Device, Products
 from meshes.platform import Link, Platform, load_platform
 from models.presets import preset
+from piperjax.planner import layer_time
 from piperjax.planner.layer_time import LayerSeconds, layer_seconds
 from piperjax.planner.plan import MEMORY_MODES
 
@@ -82,6 +83,24 @@ def test_exchanges_are_7_5_or_4(mode, ours, others):
         assert found.exchange_forward > 0
         # Gates are in a message of their own.
         assert found.exchange_backward == pytest.approx(times * found.exchange_forward, rel=0.001)
+
+
+@pytest.mark.parametrize(("mode", "hidden"), [("layer", 0), ("named", 0), ("products", 2), ("stash", 3)])
+def test_what_is_read_where_it_was_kept_is_copied_once_only(mode, hidden, monkeypatch):
+    """Forward writes it into its buffer; of three matrices that is both results of the first two, and their product."""
+    platform = machine(memory_bytes_per_second=1e9)
+
+    def priced():
+        layer_time.price_layer.cache_clear()
+        return price(platform=platform, memory_mode=mode, rows="static")
+
+    in_place = priced()
+    monkeypatch.setattr(layer_time, "bytes_read_where_kept", lambda *_: 0)
+    copied = priced()
+    layer_time.price_layer.cache_clear()
+    rows, d_ff = 4096 * 2, 14336
+    assert copied.forward == in_place.forward
+    assert copied.backward - in_place.backward == pytest.approx(2 * 2 * rows * hidden * d_ff / 1e9, rel=1e-6)
 
 
 def test_chunks_pay_where_exchanges_are_long():
