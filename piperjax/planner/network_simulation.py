@@ -155,9 +155,8 @@ def _phase(platform: Platform, peers: np.ndarray, part_bytes: float, ready: np.n
     level = _levels(platform, source, np.where(there, target, source))
     cost = np.array([link.message_seconds for link in platform.links])
     costs = np.where(there, cost[level], 0.0)
-    posting = (
-        np.cumsum(costs, axis=2) - costs
-    )  # The first is posted at once, and its cost is that of the next one.
+    # The first is posted at once; what it costs is what the next one waits.
+    posting = np.cumsum(costs, axis=2) - costs
     free = np.zeros(len(peers))
     for i in range(chunks):
         posting[:, i] += np.maximum(ready[:, i], free)[:, None]
