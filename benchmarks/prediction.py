@@ -35,9 +35,9 @@ from tempfile import TemporaryDirectory
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.cases import moe_model, random_batch
+from benchmarks.validate import rank_correlation
 from meshes.mesh import build_mesh, simulate_devices
 from meshes.platform import Platform, load_platform
 from piperjax.planner.plan import Plan, default_plan
@@ -196,12 +196,6 @@ class Steps:
             self.take([chosen, *rivals])
         seconds = [self.of(plan, last=RIVAL_TURNS) for plan in (chosen, *rivals)]
         return seconds[0] / min(seconds[1:])
-
-
-def rank_correlation(first: list[float], second: list[float]) -> float:
-    """Spearman's: the correlation of ranks; without ties, which seconds do not have."""
-    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-    return float(np.corrcoef(ranks)[0, 1])
 
 
 def measured_in_turns(*, quick: bool) -> Iterator[Platform | None]:

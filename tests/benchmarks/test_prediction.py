@@ -1,6 +1,6 @@
 """What the benchmark of predictions says of the planner's choice."""
 
-from benchmarks.prediction import RIVAL_TURNS, RIVALS, Steps, _name, make_plans, rank_correlation
+from benchmarks.prediction import RIVAL_TURNS, RIVALS, Steps, _name, make_plans
 from meshes.platform import load_platform
 
 PLANS = make_plans(load_platform("cpu8"))
@@ -33,8 +33,3 @@ def test_the_choice_is_judged_in_turns_with_the_quickest_alone():
 def test_the_quickest_plan_is_no_slower_than_itself():
     steps = Slowing([3.0, 1.0, 4.0, 1.1, 5.0, 9.0, 2.0, 6.0, 5.0, 3.0, 5.0, 8.0])
     assert steps.over_best(PLANS[1], PLANS) == 1.0
-
-
-def test_rank_correlation_of_opposite_orders():
-    assert rank_correlation([1, 2, 3], [30, 20, 10]) == -1
-    assert rank_correlation([1, 2, 3], [10, 20, 30]) == 1
