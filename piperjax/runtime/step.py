@@ -266,8 +266,9 @@ class _Scan:
             if possible.all():
                 return run(carry)
             if possible.any():
-                on = (rank["forward_on"] == runs) & (rank["backward_on"] == ends)
-                carry = lax.cond(on, run, _unchanged, carry)
+                forward_on, backward_on = rank["forward_on"], rank["backward_on"]
+                on = (forward_on if runs else 1 - forward_on) * (backward_on if ends else 1 - backward_on)
+                carry = _choose(on, _unchanged, run, carry)
         return carry
 
     def _forward_input(self, carry: _Carry, rank: dict, embedded: jax.Array) -> jax.Array:
@@ -350,7 +351,7 @@ class _Scan:
             layers = self.stage.weight_gradient(place, grads=carry.grads["layers"], taps=carry.taps)
             return carry._replace(grads={**carry.grads, "layers": layers})
 
-        return lax.cond(columns["weight_gradient_on"] == 1, run, _unchanged, carry)
+        return _choose(columns["weight_gradient_on"], _unchanged, run, carry)
 
     def _after_weight_gradients(self, flag: jax.Array, carry: _Carry) -> jax.Array:
         """The same flag, not known before the weight gradients that precede it in the tick.
@@ -382,7 +383,7 @@ class _Scan:
         columns = self.lowered.rank_columns.__dict__ | self.lowered.tick_columns.__dict__
         if (columns[name] == 1).all():
             return run(*operands)
-        return lax.cond(column[name] == 1, run, otherwise, *operands)
+        return _choose(column[name], otherwise, run, *operands)
 
     def _surroundings_of(self, microbatch: jax.Array):
         """Arrays of a layer's context for a microbatch, as a function of the index among MoE layers.
@@ -417,6 +418,16 @@ class _Scan:
 
 def _unchanged(carry: _Carry) -> _Carry:
     return carry
+
+
+def _choose(number: jax.Array, idle, run, *operands):
+    """Runs `idle` if the number, 0 or 1, is 0, and `run` if it is 1; nothing that passes is copied.
+
+    XLA of jax 0.10 needs `idle` first. With it second, it copies what idle ticks hand on, stash and all gradients, in
+    every such tick and once more beside the loop over ticks. And it turns a choice by a boolean, as `lax.cond` makes,
+    round for GPUs. What follows from an integer keeps its order.
+    """
+    return lax.switch(number, (idle, run), *operands)
 
 
 def _shifted(x: jax.Array, shift: int, size: int) -> jax.Array:

@@ -7,6 +7,7 @@ from collections import Counter
 
 import jax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from benchmarks.cases import abstract_batch, compiled_step, dense_model, make_executor, moe_model, router_bias
 from benchmarks.overhead import large_copies
@@ -94,6 +95,32 @@ def test_nothing_of_a_layer_runs_before_its_loop(schedule):
         work = re.findall(r"op_name=\"[^\"]*/(layers_\w+)/while/body/[^\"]*dot_general\"", computation)
         found += [kind for kind in work if kind in loops]
     assert found == []
+
+
+def choices(jaxpr):
+    """(operation that makes the index, branches) of every conditional, also of those inside loops and branches."""
+    made_by = {var: equation.primitive.name for equation in jaxpr.eqns for var in equation.outvars}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "cond":
+            yield made_by[equation.invars[0]], [branch.jaxpr for branch in equation.params["branches"]]
+        for inner in jaxprs_in_params(equation.params):
+            yield from choices(inner)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(overlap=True), dict(schedule="zb_h1"), dict(vocabulary="whole")],
+    ids=["1f1b", "overlap", "weight-gradient", "whole"],
+)
+def test_what_idle_ticks_hand_on_comes_first_in_a_choice_by_number(options):
+    # By a boolean, or second, XLA of jax 0.10 copies stash and all gradients for GPUs, in idle ticks and beside the step.
+    executor = make_executor(moe_model(num_layers=4), pipe=2, expert=2, num_microbatches=4, **options)
+    arguments = (executor.abstract_params, router_bias(executor.config), abstract_batch(executor))
+    found = list(choices(jax.make_jaxpr(executor.gradients)(*arguments).jaxpr))
+    idle = [[not branch.eqns for branch in branches] for _, branches in found]
+    assert sum(map(any, idle)) >= 3
+    assert all(one == [True, False] for one in idle if any(one))
+    assert {index for (index, _), one in zip(found, idle, strict=True) if any(one)} == {"clamp"}
 
 
 def without_embedding_gradient(hlo):
