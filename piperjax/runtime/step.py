@@ -36,6 +36,7 @@ from models.config import ModelConfig
 from models.layers import LayerContext, rotation
 from piperjax.planner.plan import Plan
 from piperjax.runtime import slots, step_end
+from piperjax.runtime.choice import choose
 from piperjax.runtime.dispatch import make_experts
 from piperjax.runtime.grouped_matmul import grouped_matmul
 from piperjax.runtime.layout import LayerLayout
@@ -268,7 +269,7 @@ class _Scan:
             if possible.any():
                 forward_on, backward_on = rank["forward_on"], rank["backward_on"]
                 on = (forward_on if runs else 1 - forward_on) * (backward_on if ends else 1 - backward_on)
-                carry = _choose(on, _unchanged, run, carry)
+                carry = choose(on, _unchanged, run, carry)
         return carry
 
     def _forward_input(self, carry: _Carry, rank: dict, embedded: jax.Array) -> jax.Array:
@@ -347,11 +348,12 @@ class _Scan:
             tap_slot=columns["weight_gradient_taps"],
         )
 
-        def run(carry):
-            layers = self.stage.weight_gradient(place, grads=carry.grads["layers"], taps=carry.taps)
-            return carry._replace(grads={**carry.grads, "layers": layers})
+        def run(layers):
+            return self.stage.weight_gradient(place, grads=layers, taps=carry.taps)
 
-        return _choose(columns["weight_gradient_on"], _unchanged, run, carry)
+        on, layers = columns["weight_gradient_on"], carry.grads["layers"]
+        layers = choose(on, _unchanged, run, layers, turn=number)
+        return carry._replace(grads={**carry.grads, "layers": layers})
 
     def _after_weight_gradients(self, flag: jax.Array, carry: _Carry) -> jax.Array:
         """The same flag, not known before the weight gradients that precede it in the tick.
@@ -383,7 +385,7 @@ class _Scan:
         columns = self.lowered.rank_columns.__dict__ | self.lowered.tick_columns.__dict__
         if (columns[name] == 1).all():
             return run(*operands)
-        return _choose(column[name], otherwise, run, *operands)
+        return choose(column[name], otherwise, run, *operands)
 
     def _surroundings_of(self, microbatch: jax.Array):
         """Arrays of a layer's context for a microbatch, as a function of the index among MoE layers.
@@ -416,18 +418,8 @@ class _Scan:
         )
 
 
-def _unchanged(carry: _Carry) -> _Carry:
-    return carry
-
-
-def _choose(number: jax.Array, idle, run, *operands):
-    """Runs `idle` if the number, 0 or 1, is 0, and `run` if it is 1; nothing that passes is copied.
-
-    XLA of jax 0.10 needs `idle` first. With it second, it copies what idle ticks hand on, stash and all gradients, in
-    every such tick and once more beside the loop over ticks. And it turns a choice by a boolean, as `lax.cond` makes,
-    round for GPUs. What follows from an integer keeps its order.
-    """
-    return lax.switch(number, (idle, run), *operands)
+def _unchanged(given: Any) -> Any:
+    return given
 
 
 def _shifted(x: jax.Array, shift: int, size: int) -> jax.Array:

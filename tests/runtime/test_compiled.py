@@ -121,6 +121,9 @@ def test_what_idle_ticks_hand_on_comes_first_in_a_choice_by_number(options):
     assert sum(map(any, idle)) >= 3
     assert all(one == [True, False] for one in idle if any(one))
     assert {index for (index, _), one in zip(found, idle, strict=True) if any(one)} == {"clamp"}
+    # Equal ones become one, of which there are copies later, behind the others.
+    texts = [str(branches[0]) for (_, branches), one in zip(found, idle, strict=True) if any(one)]
+    assert len(set(texts)) == len(texts)
 
 
 def without_embedding_gradient(hlo):
