@@ -19,8 +19,8 @@ schedule: 4 nodes of 8 H100 that are not there; as XLA orders the operations of 
 step sets, at least the products of all but one chunk run beside exchanges between nodes, forward and backward.
 
 sweep and overlap need Linux and root (`benchmarks/shaped_network.py`), schedule needs XLA's plugin for CUDA
-(`benchmarks/absent_gpus.py`); they are skipped without. Times are those of the sockets of one machine whose cores do
-the work of all nodes: shares and orders, not speeds of a cluster.
+(`piperjax/runtime/absent_gpus.py`); they are skipped without. Times are those of the sockets of one machine whose cores
+do the work of all nodes: shares and orders, not speeds of a cluster.
 """
 
 import argparse
@@ -31,7 +31,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from benchmarks import absent_gpus
 from benchmarks import alltoall_model as model
 from benchmarks.alltoall_cells import OVERLAP, SWEEP, Cell, Exchange, Layer, merge, paired_ratio, read_samples
 from benchmarks.shaped_network import (
@@ -244,7 +243,9 @@ def main() -> int:
 
         met &= alltoall_bytes.run(judge)
     if "schedule" in parts:
-        if reason := absent_gpus.reason_to_skip():
+        from piperjax.runtime import absent_gpus
+
+        if reason := absent_gpus.reason_to_skip("cuda"):
             print(f"skipped schedule: {reason}")
         else:
             from benchmarks import alltoall_schedule

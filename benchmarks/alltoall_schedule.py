@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from benchmarks import absent_gpus
 from benchmarks.alltoall_cells import Layer, Variant
 from benchmarks.alltoall_programs import SPEC, dispatching, ffn
 from meshes.mesh import build_mesh
+from piperjax.runtime import absent_gpus
 from piperjax.runtime.hlo import Instruction, first_group, parse
 from piperjax.runtime.xla_flags import FLAGS
 
@@ -119,7 +119,10 @@ def beside(found: Sequence[str]) -> tuple[int, int]:
 def run(judge: Callable[[str, float, float, bool], bool]) -> bool:
     """Prints the schedules with our flags and what other flags make of them, and says whether the bar is met."""
     mesh = build_mesh(
-        pipe=1, data=1, expert_factors=(1, NODES, LOCAL), devices=absent_gpus.h100(NODES, LOCAL)
+        pipe=1,
+        data=1,
+        expert_factors=(1, NODES, LOCAL),
+        devices=absent_gpus.devices(absent_gpus.target("h100"), NODES * LOCAL, LOCAL),
     )
     ours = our_flags()
     print(

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import absent_gpus
 from benchmarks.cases import abstract_batch, moe_model
 from meshes.mesh import build_mesh
 from piperjax.planner.plan import Plan
+from piperjax.runtime import absent_gpus
 from piperjax.runtime.executor import Executor
 
 PRODUCT = re.compile(r"__triton_(nested_)?gemm|__cublas|cutlass|xla\.gpu\.triton")
@@ -100,10 +100,10 @@ def main() -> int:
     )
     parser.add_argument("--memory-mode", default="named")
     args = parser.parse_args()
-    if reason := absent_gpus.reason_to_skip():
+    if reason := absent_gpus.reason_to_skip("cuda"):
         print(reason)
         return 2
-    devices = absent_gpus.h100(1, 8)
+    devices = absent_gpus.devices(absent_gpus.target("h100"), 8, 8)
     best = {}
     for overlap in (False, True):
         print(f"overlap {'on' if overlap else 'off'}")

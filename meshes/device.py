@@ -175,6 +175,7 @@ class Device:
       interference_fraction: part of its rate that computation loses while a collective runs beside it, whose kernels
         hold compute units and go through the same memory; 0 where nothing is known. `beside_seconds` uses it.
       concurrent_devices: devices of a host that compute at once; None where each has its own hardware.
+      gpu: the file in `meshes/gpus/` that describes it to XLA, which can then compile where there is none; "" if none.
       provenance: where the numbers of this table itself come from; the three rates say their own.
     """
 
@@ -195,6 +196,7 @@ class Device:
     host_bytes_per_second: float | None = None
     interference_fraction: float = 0.0
     concurrent_devices: float | None = None
+    gpu: str = ""
     provenance: Provenance = "assumed"
 
     def __post_init__(self) -> None:
@@ -230,6 +232,8 @@ class Device:
                 raise ValueError(
                     f"device.concurrent_devices must be at least 1, got {self.concurrent_devices!r}"
                 )
+        if not isinstance(self.gpu, str):
+            raise ValueError(f"device.gpu must be a name such as 'h100', got {self.gpu!r}")
         check_provenance("device", self.provenance)
 
     def known_peak(self, dtype: str) -> float | None:

@@ -2,6 +2,7 @@
 
 from piperjax.doctor.environment import Environment
 from piperjax.doctor.finding import Finding, error, note, ok, warning
+from piperjax.runtime.xla_flags import MEMORY_FRACTION, MEMORY_VARIABLES
 
 GIB = 2**30
 # Variables that hide GPUs; those of AMD count within what ROCR_VISIBLE_DEVICES leaves (ROCm documentation, "GPU
@@ -89,14 +90,17 @@ def preallocation(env: Environment) -> list[Finding]:
     """How much of a GPU's memory JAX takes; plans count on nearly all of it."""
     if env.backend == "cpu":
         return []
-    name, text = "XLA_PYTHON_CLIENT_MEM_FRACTION", env.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    given = [name for name in MEMORY_VARIABLES if name in env.environ]
+    if len(given) > 1:
+        return [
+            error("memory", f"{' and '.join(given)} are both set, which JAX refuses", f"unset {given[1]}")
+        ]
     if env.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0"):
         advice = "unset it for training: memory taken piece by piece fragments"
         return [warning("memory", "XLA_PYTHON_CLIENT_PREALLOCATE is off", advice)]
-    if text is None:
-        return [
-            note("memory", f"{name} is not set, so JAX takes three quarters of a device", "set it to 0.93")
-        ]
+    if not given:
+        return [ok("memory", f"runs let JAX take {MEMORY_FRACTION:.0%} of a device")]
+    name, text = given[0], env.environ[given[0]]
     try:
         fraction = float(text)
     except ValueError:

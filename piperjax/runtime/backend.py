@@ -13,6 +13,8 @@ import jax
 from meshes.mesh import simulate_devices
 from piperjax.runtime.bounded_process import run_bounded
 from piperjax.runtime.xla_flags import (
+    MEMORY_FRACTION,
+    MEMORY_VARIABLES,
     PLUGINS,
     Backend,
     Trial,
@@ -30,14 +32,15 @@ TRIAL_SECONDS = 120
 def prepare(num_devices: int | None = None) -> tuple[str, ...]:
     """Settles what JAX reads when it starts its devices; must run before it does.
 
-    Adds our compiler flags to XLA_FLAGS (`xla_flags.FLAGS`), and lets a CPU appear as `num_devices` devices. If JAX has
-    started already, flags stay as they are: nothing would read them.
+    Adds our compiler flags to XLA_FLAGS (`xla_flags.FLAGS`), lets JAX take nearly all memory of a GPU unless the user
+    has said how much, and lets a CPU appear as `num_devices` devices. If JAX has started already, all stays as it is:
+    nothing would read it.
 
     Args:
       num_devices: devices of this process that a CPU simulates; None leaves them.
 
     Returns:
-      Lines about the flags, for the log.
+      Lines about what was set, for the log.
 
     Raises:
       ValueError: if XLA would end the process over the user's XLA_FLAGS, or has started with fewer devices.
@@ -88,7 +91,16 @@ def _set_flags(num_devices: int | None) -> tuple[str, ...]:
     )
     if settled.text:
         os.environ["XLA_FLAGS"] = settled.text
-    return settled.lines
+    return (*settled.lines, *_set_memory(backend))
+
+
+def _set_memory(backend: Backend) -> tuple[str, ...]:
+    if backend == "cpu" or any(name in os.environ for name in MEMORY_VARIABLES):
+        return ()
+    os.environ[MEMORY_VARIABLES[0]] = str(MEMORY_FRACTION)
+    return (
+        f"{MEMORY_VARIABLES[0]}={MEMORY_FRACTION} set, as JAX would leave a quarter of each GPU to nobody",
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -104,6 +104,11 @@ BESIDE_EXCHANGES: Mapping[str, tuple[Flag, ...]] = {
 # In what XLA writes about these, a line for every buffer each time that it lays one out.
 NOISE_BESIDE_EXCHANGES = "larger than the per-heap size limit"
 
+# How much of a GPU JAX may take; by default it leaves a quarter to nobody. The rest is for the collective library, for
+# workspaces of products, and for the runtime. The second name is the old one, and JAX takes only one of them.
+MEMORY_FRACTION = 0.93
+MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
 # Flags that people still have in their scripts, that neither jaxlib 0.10 nor 0.12 knows.
 GONE = frozenset(
     {

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from piperjax.planner.executed import executed_flop
 from piperjax.planner.memory import RankMemory, estimate_memory
+from piperjax.runtime import absent_gpus
 from piperjax.runtime.compiled import CompiledMemory, CompiledWork, memory_of, work_of
 from piperjax.runtime.executor import BATCH_FIELDS, Executor
 from piperjax.training.config import TrainConfig
@@ -139,13 +140,24 @@ def abstract_batch(executor: Executor) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def compile_step(executor: Executor, config: TrainConfig) -> tuple[jax.stages.Compiled, dict[str, float]]:
-    """Compiles the train step for the executor's devices; returns it and how many seconds each part took."""
+def compile_step(
+    executor: Executor, config: TrainConfig, *, gpu: absent_gpus.Target | None = None
+) -> tuple[jax.stages.Compiled, dict[str, float]]:
+    """Compiles the train step for the executor's devices; returns it and how many seconds each part took.
+
+    Args:
+      gpu: what the devices are if they are not here.
+    """
     start = time.perf_counter()
     arguments = (abstract_state(executor), abstract_batch(executor), jax.ShapeDtypeStruct((), jnp.int32))
-    lowered = make_train_step(executor, config).lower(*arguments)
+    step = make_train_step(executor, config)
+    if gpu is None:
+        lowered, options = step.lower(*arguments), None
+    else:
+        lowered = step.trace(*arguments).lower(lowering_platforms=(gpu.backend,))
+        options = absent_gpus.compiler_options(gpu.backend)
     traced = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=options)
     return compiled, {"trace": traced - start, "compile": time.perf_counter() - traced}
 
 

@@ -85,7 +85,13 @@ def test_the_platform_that_was_named(machine, told):
 @pytest.mark.parametrize(
     ("environ", "level", "words"),
     [
-        ({}, "note", "three quarters of a device; set it to 0.93"),
+        ({}, "ok", "runs let JAX take 93%"),
+        ({"XLA_CLIENT_MEM_FRACTION": ".9"}, "ok", "90%"),
+        (
+            {"XLA_CLIENT_MEM_FRACTION": ".9", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".9"},
+            "error",
+            "unset XLA_PYTHON_CLIENT_MEM_FRACTION",
+        ),
         ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".93"}, "ok", "93%"),
         ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "1.0"}, "warning", "=1.0 is unusual"),
         ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "all"}, "error", "=all is not a number"),

@@ -75,6 +75,25 @@ def test_once_jax_runs_flags_stay_as_they_are():
         backend.prepare(16)
 
 
+@pytest.mark.parametrize(
+    ("given", "fraction", "lines"),
+    [
+        ({}, "0.93", 1),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, "0.5", 0),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, None, 0),
+    ],
+)
+def test_jax_takes_most_of_a_gpu_unless_the_user_says_how_much(monkeypatch, given, fraction, lines):
+    for name in backend.MEMORY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert backend._set_memory("cpu") == ()
+    assert len(backend._set_memory("rocm")) == lines
+    assert os.environ.get("XLA_CLIENT_MEM_FRACTION") == fraction
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+
+
 @pytest.fixture
 def trials(monkeypatch, tmp_path):
     """Counts trials instead of making them."""

@@ -113,7 +113,7 @@ def choices(jaxpr):
     ids=["1f1b", "overlap", "weight-gradient", "whole"],
 )
 def test_what_idle_ticks_hand_on_comes_first_in_a_choice_by_number(options):
-    # By a boolean, or second, XLA of jax 0.10 copies stash and all gradients for GPUs, in idle ticks and beside the step.
+    # Otherwise XLA of jax 0.10 copies stash and all gradients for GPUs, in idle ticks and beside the loop over them.
     executor = make_executor(moe_model(num_layers=4), pipe=2, expert=2, num_microbatches=4, **options)
     arguments = (executor.abstract_params, router_bias(executor.config), abstract_batch(executor))
     found = list(choices(jax.make_jaxpr(executor.gradients)(*arguments).jaxpr))

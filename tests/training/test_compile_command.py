@@ -5,6 +5,7 @@ import json
 import pytest
 
 from piperjax.__main__ import main
+from piperjax.runtime import absent_gpus
 from piperjax.training import compile_check
 
 FLAGS = [
@@ -37,7 +38,8 @@ def test_a_plan_is_compiled_and_compared(capsys, monkeypatch):
     # One program is enough for both ways to print; of the second plan, only what was asked for is looked at.
     compile_step, found = compile_check.compile_step, []
 
-    def compile_once(executor, config):
+    def compile_once(executor, config, *, gpu):
+        assert gpu is None
         if not found:
             found.append(compile_step(executor, config))
         return found[0]
@@ -53,6 +55,15 @@ def test_a_plan_is_compiled_and_compared(capsys, monkeypatch):
     assert "memory mode stage" in capsys.readouterr().out
 
 
+def test_gpus_need_a_plugin(capsys, monkeypatch):
+    monkeypatch.setattr(absent_gpus, "MODULES", {"rocm": ("no_such_plugin",)})
+    assert main([*FLAGS, "--platform", "frontier", "--target", "gpu"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "needs the ROCM plugin of this jax, though no GPU" in error and len(error.strip().splitlines()) == 1
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -63,6 +74,10 @@ def test_a_plan_is_compiled_and_compared(capsys, monkeypatch):
         (
             ["--model", "deepseek_v3", "--pipe", "1", "--expert", "8", "--seq", "128"],
             "can be planned but not yet trained",
+        ),
+        (
+            ["--platform", "cpu8", "--target", "gpu"],
+            "--target gpu needs a --platform whose file says which GPU",
         ),
     ],
 )
