@@ -1,7 +1,9 @@
-"""Predicted memory per device against what XLA allocates for the real training step, on simulated devices.
+"""Predicted memory per device against what XLA allocates for the real training step, on devices that are not here.
 
-python -m benchmarks.memory            compiles every case, writes benchmarks/results/memory.csv and docs/memory.svg
-python -m benchmarks.memory --reuse    predicts again beside the compiled bytes of the table
+python -m benchmarks.memory               compiles every case, writes benchmarks/results/memory.csv and docs/memory.svg
+python -m benchmarks.memory --gpu h100    the same for GPUs of `meshes/gpus/`, writes memory_h100.csv and .svg;
+                                          needs JAX's plugin for them (`piperjax/runtime/absent_gpus.py`), and no GPU
+python -m benchmarks.memory --reuse       predicts again beside the compiled bytes of the table
 python -m benchmarks.memory --random 100 --seed 7    the same for random steps (`memory_random.py`)
 """
 
@@ -10,21 +12,59 @@ import csv
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import memory_random
+from benchmarks import memory_gpu_cases, memory_random
 from benchmarks.memory_cases import COLUMNS, Case, case, scaled
 from meshes.mesh import simulate_devices
 from piperjax.planner.memory import estimate_memory
 from piperjax.schedules import registry
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE, PICTURE = ROOT / "benchmarks" / "results" / "memory.csv", ROOT / "docs" / "memory.svg"
 MEAN_BAR, UNDER_BAR, OVER_BAR = 0.05, -0.02, 0.12
 NUM_DEVICES = 64
 # What is allocated is known before machine code is made, of which little will do.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 NUMBERS = ("compiled_bytes", "predicted_bytes", "error")
+DEVICES_PER_NODE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is compiled for.
+
+    Attributes:
+      gpu: a GPU's name in `meshes/gpus/`; "" for simulated devices.
+    """
+
+    gpu: str = ""
+
+    @property
+    def table(self) -> Path:
+        """Compiled and predicted bytes of every case."""
+        return ROOT / "benchmarks" / "results" / f"{self._stem}.csv"
+
+    @property
+    def picture(self) -> Path:
+        """The errors, drawn."""
+        return ROOT / "docs" / f"{self._stem}.svg"
+
+    @property
+    def _stem(self) -> str:
+        return f"memory_{self.gpu}" if self.gpu else "memory"
+
+    @property
+    def backend(self) -> str:
+        """As `estimate_memory` calls it."""
+        return "gpu" if self.gpu else "cpu"
+
+    def cases(self) -> Iterator[Case]:
+        """What is compiled."""
+        return memory_gpu_cases.cases() if self.gpu else cases()
+
+
+SIMULATED = Target()
 
 
 def cases() -> Iterator[Case]:
@@ -143,48 +183,56 @@ def _kinds() -> Iterator[Case]:
     yield case(deepseek, (4, 1, 4), schedule="v_half", memory_mode="named", dtype="float32")
 
 
-def compiled_bytes(one: Case) -> int:
+def compiled_bytes(one: Case, target: Target = SIMULATED) -> int:
     """Bytes per device that the compiler allocates: arguments, outputs that are not donated arguments, temporaries."""
     import jax
 
     from meshes.mesh import build_mesh
+    from piperjax.runtime import absent_gpus
     from piperjax.runtime.compiled import memory_of
     from piperjax.runtime.executor import Executor
     from piperjax.training.compile_check import compile_step
     from piperjax.training.config import TrainConfig
 
     plan = one.plan
-    devices = jax.devices("cpu")[: plan.num_devices]
+    gpu = absent_gpus.target(target.gpu) if target.gpu else None
+    if gpu is None:
+        devices = jax.devices("cpu")[: plan.num_devices]
+    else:
+        devices = absent_gpus.devices(gpu, plan.num_devices, DEVICES_PER_NODE)
     mesh = build_mesh(pipe=plan.pipe, data=plan.data, expert_factors=plan.expert_factors, devices=devices)
     executor = Executor(one.model, plan, mesh, one.dtype)
     config = TrainConfig(model=one.model, out="unused", dtype=one.dtype)
-    return memory_of(compile_step(executor, config)[0]).total
+    return memory_of(compile_step(executor, config, gpu=gpu)[0]).total
 
 
-def predicted_bytes(one: Case) -> float:
-    """Bytes per device that the planner predicts for simulated devices."""
-    return max(rank.total for rank in estimate_memory(one.model, one.plan, dtype=one.dtype, backend="cpu"))
+def predicted_bytes(one: Case, target: Target = SIMULATED) -> float:
+    """Bytes per device that the planner predicts."""
+    ranks = estimate_memory(one.model, one.plan, dtype=one.dtype, backend=target.backend)
+    return max(rank.total for rank in ranks)
 
 
-def read_table() -> dict[tuple[str, ...], int]:
-    """Compiled bytes of the committed table by case."""
-    with TABLE.open(newline="", encoding="utf-8") as file:
+def read_table(target: Target = SIMULATED) -> dict[tuple[str, ...], int]:
+    """Compiled bytes of the committed table by case; empty if there is none."""
+    if not target.table.exists():
+        return {}
+    with target.table.open(newline="", encoding="utf-8") as file:
         return {
             tuple(row[name] for name in COLUMNS): int(row["compiled_bytes"]) for row in csv.DictReader(file)
         }
 
 
-def write_table(rows: list[tuple[Case, int, float]]) -> None:
+def write_table(rows: list[tuple[Case, int, float]], target: Target) -> None:
     """Writes one line per case."""
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    with TABLE.open("w", newline="", encoding="utf-8") as file:
+    target.table.parent.mkdir(parents=True, exist_ok=True)
+    with target.table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*COLUMNS, *NUMBERS])
         for one, compiled, predicted in rows:
             writer.writerow([*one.key, compiled, round(predicted), f"{predicted / compiled - 1:.4f}"])
 
 
-def picture(rows: list[tuple[Case, int, float]]) -> str:
+def picture(rows: list[tuple[Case, int, float]], target: Target) -> str:
     """SVG: predicted over compiled bytes of every case, with the bars."""
     width, height, left, top = 860, 320, 60, 30
     step = (width - left - 20) / len(rows)
@@ -199,13 +247,14 @@ def picture(rows: list[tuple[Case, int, float]]) -> str:
         ),
         f'<rect width="{width}" height="{height}" fill="white"/>',
         (
-            f'<text x="{left}" y="18" font-size="13">Predicted over compiled memory per device, {len(rows)} steps '
+            f'<text x="{left}" y="18" font-size="13">Predicted over compiled memory per device'
+            f"{' of ' + target.gpu.upper() if target.gpu else ''}, {len(rows)} steps "
             "(blue float32, orange bfloat16)</text>"
         ),
     ]
     lines.append(
         f'<text x="{(left + width - 20) / 2:.0f}" y="{height - 6}" text-anchor="middle">steps, in the order of '
-        "results/memory.csv</text>"
+        f"results/{target.table.name}</text>"
     )
     for error in (-0.04, -0.02, 0.0, 0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14):
         bar = error in (UNDER_BAR, OVER_BAR)
@@ -243,6 +292,9 @@ def main() -> int:
     parser.add_argument(
         "--only", default="", help="compile only cases whose columns contain this text; write nothing"
     )
+    parser.add_argument(
+        "--gpu", default="", metavar="NAME", help="compile for GPUs of meshes/gpus/, such as h100"
+    )
     parser.add_argument("--random", type=int, metavar="N", help="compile N random steps instead")
     parser.add_argument("--seed", type=int, default=0, help="of the random steps")
     args = parser.parse_args()
@@ -252,21 +304,22 @@ def main() -> int:
         if args.random < 1:
             parser.error(f"--random takes at least 1 step, got {args.random}")
         return _random_steps(args.random, args.seed, reuse=args.reuse)
-    known = read_table() if args.reuse and TABLE.exists() else {}
+    target = Target(gpu=args.gpu)
+    known = read_table(target) if args.reuse else {}
     rows = []
-    for one in cases():
+    for one in target.cases():
         if args.only and args.only not in " ".join(one.key):
             continue
-        compiled = known.get(one.key) or compiled_bytes(one)
-        predicted = predicted_bytes(one)
+        compiled = known.get(one.key) or compiled_bytes(one, target)
+        predicted = predicted_bytes(one, target)
         rows.append((one, compiled, predicted))
         print(
             f"{predicted / compiled - 1:+7.1%} {compiled / 2**20:9.2f} MiB  {' '.join(one.key)}", flush=True
         )
         if not args.only:
-            write_table(rows)
+            write_table(rows, target)
     if not args.only:
-        PICTURE.write_text(picture(rows), encoding="utf-8")
+        target.picture.write_text(picture(rows, target), encoding="utf-8")
     errors = [predicted / compiled - 1 for _, compiled, predicted in rows]
     mean = sum(map(abs, errors)) / len(errors)
     print(f"{len(errors)} steps: mean absolute error {mean:.1%} (bar {MEAN_BAR:.0%}), ", end="")

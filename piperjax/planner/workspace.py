@@ -227,6 +227,8 @@ def head(d_model: int, rows: int, backend: Backend) -> Phase:
     logits = T * rows * W
     of_weights = rows * d_model * W
     beside = 3 * T * d_model * W
+    if not backend.widens:  # What the gradient of logits is narrowed to; that of the head is added in place.
+        return Phase(logits=logits + T * rows * share.itemsize, workspace=beside)
     if backend.is_widened:
         return Phase(logits=2 * logits, workspace=of_weights + beside)
     return Phase(logits=2 * logits + max(0, logits - of_weights), workspace=min(logits, of_weights) + beside)

@@ -27,8 +27,15 @@ def add(buffer: jax.Array, value: jax.Array, *index: jax.Array) -> jax.Array:
     """Returns `buffer` with `value` added at `index`, rounded once to the dtype of `buffer`.
 
     The sum has the leading dimensions of the buffer: where there is one place only, XLA drops both slices, and a sum
-    behind a change of shape would not be made in place.
+    behind a change of shape would not be made in place. On GPUs it is made in place, by one kernel, if both slices
+    begin at the same value; what is computed for an index, such as a look-up in a table, XLA would compute for each of
+    them, and so would write sums apart and copy them (compiled for H100).
     """
+    # With a constant, so that there are several: XLA would evaluate a lone constant behind a barrier, and cannot.
+    behind = lax.optimization_barrier((*index, np.int32(0)))
+    index = tuple(
+        one if isinstance(one, np.generic) else later for one, later in zip(index, behind, strict=False)
+    )
     start, shape = _start(buffer, index), (*(1,) * len(index), *value.shape)
     wide = jnp.promote_types(buffer.dtype, value.dtype)
     total = lax.dynamic_slice(buffer, start, shape, allow_negative_indices=False).astype(wide)

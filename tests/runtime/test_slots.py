@@ -23,3 +23,14 @@ def test_nothing_is_gathered_or_scattered():
     assert "gather" not in text
     assert "scatter" not in text
     assert "compare" not in text, "an index within bounds needs no check"
+
+
+def test_the_slices_of_a_sum_begin_at_one_value_that_is_there_before():
+    # XLA for GPUs then makes the sum in place, whatever an index follows from.
+    def run(buffer, value, table):
+        return slots.add(buffer, value, np.int32(0), slots.read(table, jnp.int32(1)))
+
+    arguments = jnp.zeros((1, 3, 4)), jnp.ones(4), jnp.arange(2)
+    text = jax.jit(run).lower(*arguments).as_text()
+    assert text.count("optimization_barrier") == 1
+    np.testing.assert_array_equal(jax.jit(run)(*arguments)[0], [[0] * 4, [1] * 4, [0] * 4])
