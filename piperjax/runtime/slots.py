@@ -31,10 +31,10 @@ def add(buffer: jax.Array, value: jax.Array, *index: jax.Array) -> jax.Array:
     begin at the same value; what is computed for an index, such as a look-up in a table, XLA would compute for each of
     them, and so would write sums apart and copy them (compiled for H100).
     """
-    # With a constant, so that there are several: XLA would evaluate a lone constant behind a barrier, and cannot.
-    behind = lax.optimization_barrier((*index, np.int32(0)))
+    # With the value, as XLA would evaluate constants behind a barrier of their own, and cannot.
+    *behind, value = lax.optimization_barrier((*index, value))
     index = tuple(
-        one if isinstance(one, np.generic) else later for one, later in zip(index, behind, strict=False)
+        one if isinstance(one, np.generic) else later for one, later in zip(index, behind, strict=True)
     )
     start, shape = _start(buffer, index), (*(1,) * len(index), *value.shape)
     wide = jnp.promote_types(buffer.dtype, value.dtype)
