@@ -160,9 +160,11 @@ def _rows_and_hidden(
 ) -> tuple[float, float]:
     """Bytes of rows at experts, and of what is between their matrices, in the backward of experts."""
     share, w, up = backend.share, backend.itemsize, ffn.num_matrices - 1
-    R, once = share.rows(ffn), 0
+    R, once, copies = share.rows(ffn), 0, 3
     read = hidden_read_where_kept(up, memory_mode)
     if share.deduplicates and memory_mode in RECOMPUTING_MODES:
+        if not backend.widens:  # Gradients of results are rows of messages, gathered when products read them.
+            copies = 2
         # Of one chunk, messages as they arrived.
         once = share.buffers(ffn).arrived * message_bytes(d_model, ffn, share) // share.dispatch_chunks
     if memory_mode == "named" and share.expert > 1 and not share.deduplicates:
@@ -172,7 +174,7 @@ def _rows_and_hidden(
         # SwiGLU in float32; of GELU one factor, the others are rounded first. Weighed rows are rounded, too.
         widths = (up + 3) * w + share.itemsize if up == 2 else w + 6 * share.itemsize
         return R * d_model * (2 * w + share.itemsize) + once, R * (widths - read * w) * ffn.d_ff
-    return 3 * R * d_model * w + once, R * w * (up + 2 + up - read) * ffn.d_ff
+    return copies * R * d_model * w + once, R * w * (up + 2 + up - read) * ffn.d_ff
 
 
 @lru_cache(maxsize=8192)

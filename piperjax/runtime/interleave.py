@@ -30,20 +30,13 @@ def parts(program: Program) -> list[list]:
     Everything is as early as it can be. Exchanges with no products between them are one part, with what else is between
     them. A program without exchanges is one part.
     """
-    depth: dict[Var, int] = {}
     computations: list[list] = [[]]
     exchanges: list[list] = []
-    for equation in program.equations:
-        level = max((depth.get(v, 0) for v in equation.invars if is_variable(v)), default=0)
-        is_exchange = equation.primitive.name in _EXCHANGES
-        if is_exchange:
-            while len(exchanges) <= level:
-                exchanges.append([])
-                computations.append([])
-            exchanges[level].append(equation)
-        else:
-            computations[level].append(equation)
-        depth.update(dict.fromkeys(equation.outvars, level + is_exchange))
+    for equation, level in zip(program.equations, _levels(program), strict=True):
+        while len(exchanges) < level + _is_exchange(equation):
+            exchanges.append([])
+            computations.append([])
+        (exchanges if _is_exchange(equation) else computations)[level].append(equation)
     found = [computations[0]]
     for sent, computed in zip(exchanges, computations[1:], strict=True):
         if len(found) > 1 and not _has_product(found[-1]):
@@ -53,6 +46,42 @@ def parts(program: Program) -> list[list]:
             found.append(sent)
         found.append(computed)
     return found
+
+
+def _levels(program: Program) -> list[int]:
+    """How many exchanges come before each equation: as few as can be, but for what is neither product nor exchange.
+
+    That is next to what reads it. Elementwise work that a forward runs again would be done before the exchanges that
+    its backward waits for, and everything that it makes for that backward would be held meanwhile.
+    """
+    depth: dict[Var, int] = {}
+    levels = []
+    for equation in program.equations:
+        levels.append(max((depth.get(v, 0) for v in equation.invars if is_variable(v)), default=0))
+        depth.update(dict.fromkeys(equation.outvars, levels[-1] + _is_exchange(equation)))
+    varies = any(_axes(v) for equation in program.equations for v in equation.outvars)
+    first_read: dict[Var, int] = {}
+    for number in reversed(range(len(levels))):
+        equation = program.equations[number]
+        axes = {_axes(v) for v in (*equation.invars, *equation.outvars) if is_variable(v)}
+        # Behind a barrier all values vary, so what does not stays where it is.
+        may_wait = len(axes) == 1 and any(axes) == varies
+        if may_wait and not _is_exchange(equation) and not _has_product([equation]):
+            read = [first_read[v] for v in equation.outvars if v in first_read]
+            levels[number] = max(levels[number], min(read, default=levels[number]))
+        for v in equation.invars:
+            if is_variable(v):
+                first_read[v] = min(first_read.get(v, levels[number]), levels[number])
+    return levels
+
+
+def _axes(variable: Var) -> frozenset[str]:
+    """Mesh axes over which it varies."""
+    return variable.aval.manual_axis_type.varying
+
+
+def _is_exchange(equation) -> bool:
+    return equation.primitive.name in _EXCHANGES
 
 
 def _has_product(equations: list) -> bool:

@@ -1,5 +1,7 @@
 """The executor equals one device also where passes overlap and rows take other ways to their experts."""
 
+import re
+
 import jax
 import pytest
 
@@ -53,7 +55,10 @@ def test_overlap_holds_both_passes_together(overlap):
     executor = executor_for(config, plan)
     text = jax.jit(executor.gradients).trace(*abstract_arguments(executor)).lower().as_text()
     # One before each of the four exchanges of a pair of layers, together with a computation of the other pass.
-    assert text.count("stablehlo.optimization_barrier") == (4 if overlap else 0)
+    barriers = [line for line in text.splitlines() if "stablehlo.optimization_barrier" in line]
+    # `slots.add` holds its place and a value.
+    held = [line for line in barriers if not re.search(r": tensor<i32>(, tensor<i32>)+, tensor<\S+>$", line)]
+    assert len(held) == (4 if overlap else 0)
 
 
 @pytest.mark.parametrize(

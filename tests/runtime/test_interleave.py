@@ -57,6 +57,25 @@ def test_parts_are_computations_and_exchanges_in_turn(arguments):
     assert found == [["dot_general"], ["all_to_all"], ["dot_general"], ["all_to_all"], []]
 
 
+def test_elementwise_work_waits_for_what_reads_it_and_products_do_not(arguments):
+    def run_again(x, w):
+        hidden = x @ w
+        arrived = exchanged(x)
+        return [arrived * (jnp.tanh(hidden) + jnp.cos(x)) @ w]
+
+    found = []
+
+    def run(x, w):
+        found.extend([e.primitive.name for e in part] for part in parts(trace(run_again, x, w)))
+        return x
+
+    on_two_devices(run, *arguments)
+    before, exchange, after = found
+    assert "dot_general" in before and not {"tanh", "cos"} & set(before)
+    assert exchange == ["all_to_all"]
+    assert {"tanh", "cos", "dot_general"} <= set(after)
+
+
 def test_exchanges_without_products_between_them_are_one_part(arguments):
     found = []
 
