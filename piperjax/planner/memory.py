@@ -295,6 +295,7 @@ def _largest_phase(
         # What the forward beside it makes waits to be kept. With one pipe rank no step compiled had more than without.
         if layout.overlap and layout.pipe > 1:
             beside += between[kind].kept + _hidden_of_forward(layer, layout, compiler)
+            beside += _rows_of_forward(model.d_model, layer, compiler)
         found.append((of_layer.backward, beside, -absent.backward))
         if of_layer.weight_gradient is not None:
             gone = _gone(layer, of.held * layout.is_one_tick, before_weights, compiler, absent)
@@ -319,6 +320,16 @@ def _hidden_of_forward(layer: LayerConfig, layout: Layout, compiler: Backend) ->
     if not compiler.widens or not isinstance(layer.ffn, MoEFFN) or runs_again == compiler.is_widened:
         return 0.0
     return share.rows(layer.ffn) * share.itemsize * (layer.ffn.num_matrices - 1) * layer.ffn.d_ff
+
+
+def _rows_of_forward(d_model: int, layer: LayerConfig, compiler: Backend) -> float:
+    """Bytes of rows that a forward beside a backward has: as they were sent, as they arrived, and by expert.
+
+    On CPUs these are in the place of others.
+    """
+    if compiler.widens or not isinstance(layer.ffn, MoEFFN):
+        return 0.0
+    return 3 * compiler.share.rows(layer.ffn) * d_model * compiler.itemsize
 
 
 class _OfLayer(NamedTuple):

@@ -92,21 +92,9 @@ def layer_backward(
     block = query_block(share.seq_len)
     of_scores = share.sequences * layer.attention.num_heads * share.seq_len * block * W
     in_blocks = is_in_blocks(share.seq_len)
-    # The layer's slice of the weights, and its gradient, which is added to the accumulator in place.
-    copies = 1 if splits else 2
-    if weights.held == 1 and not splits and not backend.is_widened:  # The slice is all there is.
-        copies = 1
-    of_weights = copies * (weights.attention + weights.experts) * w
-    if not splits:
-        # Chunks have gradients of their own, and so does a later pass, beside those that it is added to.
-        later = isinstance(layer.ffn, MoEFFN) and share.makes_passes(layer.ffn)
-        of_weights += (share.dispatch_chunks - 1 + later) * weights.experts * w
+    of_weights = _weights_in_backward(layer, weights, backend, splits=splits)
     beside = T * (7 * d_model * w + heads * w)
     up = layer.ffn.num_matrices - 1
-    if splits:
-        of_weights += weights.ffn * w
-    else:  # The gradient of the second matrix is added before the others are there.
-        of_weights += (1 if backend.is_widened else 1 + up / (up + 1)) * weights.ffn * w
     if isinstance(layer.ffn, DenseFFN):
         hidden = T * layer.ffn.d_ff * w * (up + 3 if backend.is_widened else up + 2)
         num_scores = _scores_of_a_block(share) if in_blocks else 2
@@ -135,6 +123,32 @@ def layer_backward(
     largest = max(of_scores, R * d_model * w)
     gap = GAP * largest if largest > R * w * up * ffn.d_ff else 0
     return max(experts, attention, key=lambda phase: phase.total).beside(gap)
+
+
+def _weights_in_backward(
+    layer: LayerConfig, weights: LayerWeights, backend: Backend, *, splits: bool
+) -> float:
+    """Bytes of a layer's weights as its products read them, and of their gradients."""
+    share, w = backend.share, backend.itemsize
+    # The layer's slice of the weights, and its gradient, which is added to the accumulator in place.
+    copies = 1 if splits else 2
+    if weights.held == 1 and not splits and not backend.is_widened:  # The slice is all there is.
+        copies = 1
+    of_weights = copies * (weights.attention + weights.experts) * w
+    if not backend.widens and copies == 2:  # As of the other parts, below.
+        of_weights -= weights.experts * w / layer.ffn.num_matrices
+    if not splits:
+        # Chunks have gradients of their own, and so does a later pass, beside those that it is added to.
+        later = isinstance(layer.ffn, MoEFFN) and share.makes_passes(layer.ffn)
+        # GPUs add them up one by one.
+        others = share.dispatch_chunks - 1 if backend.widens else share.dispatch_chunks > 1
+        of_weights += (others + later) * weights.experts * w
+    up = layer.ffn.num_matrices - 1
+    if splits:
+        of_weights += weights.ffn * w
+    else:  # The gradient of the second matrix is added before the others are there.
+        of_weights += (1 if backend.is_widened else 1 + up / (up + 1)) * weights.ffn * w
+    return of_weights
 
 
 def _scores_of_a_block(share: Share) -> float:

@@ -101,13 +101,15 @@ def test_a_backend_that_nobody_compiles_for_is_named():
         estimate_memory(model, make_plan(model), backend="tpu")
 
 
-def test_predictions_meet_the_bars_beside_what_was_compiled():
-    compiled = benchmark.read_table()
-    cases = list(benchmark.cases())
+@pytest.mark.parametrize("gpu", ["", "h100"])
+def test_predictions_meet_the_bars_beside_what_was_compiled(gpu):
+    target = benchmark.Target(gpu=gpu)
+    compiled = benchmark.read_table(target)
+    cases = list(target.cases())
     assert len(cases) >= 40 and {case.key for case in cases} == set(compiled)
-    errors = [benchmark.predicted_bytes(case) / compiled[case.key] - 1 for case in cases]
+    errors = [benchmark.predicted_bytes(case, target) / compiled[case.key] - 1 for case in cases]
     assert sum(map(abs, errors)) / len(errors) <= benchmark.MEAN_BAR
-    assert min(errors) >= benchmark.UNDER_BAR and max(errors) <= benchmark.OVER_BAR
+    assert min(errors) >= benchmark.UNDER_BAR and max(errors) <= target.over_bar
 
 
 @pytest.mark.parametrize(
