@@ -93,10 +93,11 @@ def devices(kind: Target, num_devices: int, per_node: int) -> Sequence[jax.Devic
                 topology=f"1x{shape[0]}x{shape[1]}",
                 target_config=kind.description,
             )
-    except NotImplementedError:
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
         raise ValueError(
-            f"JAX did not load its {kind.backend.upper()} plugin, so nothing can be compiled for {kind.name}; "
-            "install the plugin of this version of jax, and the libraries that it links to"
+            f"JAX did not load its {kind.backend.upper()} plugin, so nothing can be compiled for {kind.name}: "
+            f"install the plugin of this version of jax, and the libraries that it links to ({said})"
         ) from None
     return list(topology.devices)
 
