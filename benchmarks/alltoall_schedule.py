@@ -58,19 +58,13 @@ def launches(way: Variant, mesh: Mesh, flags: Mapping[str, str], *, gradients: b
     ]
     function = jax.grad(loss, argnums=(0, 1, 2, 3)) if gradients else _reordered(layer)
     lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
-    options = {name: _typed(value) for name, value in flags.items()}
+    options = {name: absent_gpus.option(value) for name, value in flags.items()}
     module = parse(lowered.compile(compiler_options=absent_gpus.OPTIONS | options).as_text())
     return events(module.computations[module.entry])
 
 
 def _reordered(layer: Callable) -> Callable:
     return lambda x, gates, w_in, w_out, ids: layer(x, ids, gates, w_in, w_out)
-
-
-def _typed(value: str) -> bool | int | str:
-    if value in ("true", "false"):
-        return value == "true"
-    return int(value) if value.isdigit() else value
 
 
 def events(instructions: Sequence[Instruction]) -> list[str]:

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import memory_gpu_cases, memory_random
-from benchmarks.memory_cases import COLUMNS, Case, case, scaled
+from benchmarks.memory_cases import COLUMNS, Case, case, in_both_dtypes, scaled
 from meshes.mesh import simulate_devices
 from piperjax.planner.memory import estimate_memory
 from piperjax.schedules import registry
 
 ROOT = Path(__file__).resolve().parent.parent
-MEAN_BAR, UNDER_BAR, OVER_BAR, GPU_OVER_BAR = 0.05, -0.02, 0.12, 0.15
+MEAN_BAR, UNDER_BAR, OVER_BAR, GPU_OVER_BAR = 0.05, -0.02, 0.12, 0.13
 NUM_DEVICES = 64
 # What is allocated is known before machine code is made, of which little will do.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -95,10 +95,7 @@ def cases() -> Iterator[Case]:
 
 def _families() -> Iterator[Case]:
     """Models as they differ: dense prologue, alternating layers, shared and residual parts, norms, biases, ties."""
-    for dtype in ("float32", "bfloat16"):
-        yield case(scaled("deepseek_moe_16b", num_layers=6, num_experts=16), (2, 1, 4), dtype=dtype)
-        yield case(scaled("arctic", num_layers=4), (2, 2, 2), dtype=dtype)
-        yield case(scaled("small", embeddings="tied"), (1, 4, 1), dtype=dtype)
+    yield from in_both_dtypes(case, scaled)
     yield case(scaled("llama4_maverick", num_layers=8), (4, 1, 2))
     yield case(scaled("deepseek_v3", num_layers=6), (2, 2, 2), dtype="float32")
     yield case(scaled("qwen2_57b_a14b"), (2, 1, 4))
@@ -243,7 +240,7 @@ def picture(rows: list[tuple[Case, int, float]], target: Target) -> str:
     step = (width - left - 20) / len(rows)
 
     def y(error: float) -> float:
-        return top + (height - top - 30) * (0.15 - error) / 0.19
+        return top + (height - top - 30) * (0.14 - error) / 0.18
 
     lines = [
         (
@@ -261,13 +258,13 @@ def picture(rows: list[tuple[Case, int, float]], target: Target) -> str:
         f'<text x="{(left + width - 20) / 2:.0f}" y="{height - 6}" text-anchor="middle">steps, in the order of '
         f"results/{target.table.name}</text>"
     )
-    for error in (-0.04, -0.02, 0.0, 0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.15):
+    for error in (-0.04, -0.02, 0.0, 0.02, 0.04, 0.06, 0.08, 0.10, target.over_bar, 0.14):
         bar = error in (UNDER_BAR, target.over_bar)
         style = 'stroke="#c00" stroke-dasharray="5 4"' if bar else 'stroke="#ddd"'
         lines.append(f'<line x1="{left}" x2="{width - 20}" y1="{y(error):.1f}" y2="{y(error):.1f}" {style}/>')
         lines.append(f'<text x="{left - 8}" y="{y(error) + 4:.1f}" text-anchor="end">{error:+.0%}</text>')
     for number, (one, compiled, predicted) in enumerate(rows):
-        error = min(0.15, max(-0.04, predicted / compiled - 1))
+        error = min(0.14, max(-0.04, predicted / compiled - 1))
         colour = "#d97706" if one.dtype == "bfloat16" else "#2563eb"
         x = left + (number + 0.5) * step
         lines.append(
@@ -303,7 +300,8 @@ def main() -> int:
     parser.add_argument("--random", type=int, metavar="N", help="compile N random steps instead")
     parser.add_argument("--seed", type=int, default=0, help="of the random steps")
     args = parser.parse_args()
-    os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+    if not args.gpu:
+        os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
     simulate_devices(NUM_DEVICES)
     if args.random is not None:
         if args.random < 1:

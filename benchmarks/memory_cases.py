@@ -1,6 +1,7 @@
 """This file is steps whose memory is predicted and compiled: a scaled model, a plan, and a dtype."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
 
 from models.config import DenseFFN, GroupedQueryAttention, LayerConfig, ModelConfig
 from models.presets import preset
@@ -119,3 +120,11 @@ def case(model: ModelConfig, mesh: tuple[int, int, int] = (1, 1, 1), **options) 
         **options,
     )
     return Case(model=model, plan=plan, dtype=dtype)
+
+
+def in_both_dtypes(case: Callable[..., Case], scaled: Callable[..., ModelConfig]) -> Iterator[Case]:
+    """Families whose memory differs most, of a size: `case` and `scaled`, or what takes their place."""
+    for dtype in ("float32", "bfloat16"):
+        yield case(scaled("deepseek_moe_16b", num_layers=6, num_experts=16), (2, 1, 4), dtype=dtype)
+        yield case(scaled("arctic", num_layers=4), (2, 2, 2), dtype=dtype)
+        yield case(scaled("small", embeddings="tied"), (1, 4, 1), dtype=dtype)

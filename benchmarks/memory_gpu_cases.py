@@ -44,10 +44,7 @@ def cases() -> Iterator[Case]:
 
 def _families() -> Iterator[Case]:
     """Models as they differ: dense prologue, alternating layers, shared and residual parts, norms, biases, ties."""
-    for dtype in ("float32", "bfloat16"):
-        yield case(scaled("deepseek_moe_16b", num_layers=6, num_experts=16), (2, 1, 4), dtype=dtype)
-        yield case(scaled("arctic", num_layers=4), (2, 2, 2), dtype=dtype)
-        yield case(scaled("small", embeddings="tied"), (1, 4, 1), dtype=dtype)
+    yield from memory_cases.in_both_dtypes(case, scaled)
     yield case(scaled("llama4_maverick", num_layers=8), (4, 1, 2))
     yield case(scaled("qwen2_57b_a14b"), (2, 1, 4))
     yield case(scaled("olmoe_1b_7b", num_experts=16), (2, 4, 1))

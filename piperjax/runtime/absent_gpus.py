@@ -20,12 +20,13 @@ from typing import Any
 import jax
 
 import meshes
-from piperjax.runtime.xla_flags import FLAGS, Backend
+from piperjax.runtime.xla_flags import FLAGS, PLUGINS, Backend
 
 DIRECTORY = Path(meshes.__file__).parent / "gpus"
-MODULES: dict[Backend, tuple[str, ...]] = {
-    "cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin"),
-    "rocm": ("jax_rocm7_plugin", "jax_rocm60_plugin"),
+# What it takes, of a version of jax; `--no-deps`, as the libraries of NVIDIA are large and not needed.
+PIP: dict[Backend, str] = {
+    "cuda": "jax-cuda12-pjrt=={0} jax-cuda12-plugin=={0} nvidia-cuda-nvcc-cu12",
+    "rocm": "jax-rocm7-pjrt=={0} jax-rocm7-plugin=={0}",
 }
 # Autotuning would run products.
 OPTIONS = {"xla_gpu_autotune_level": 0}
@@ -66,9 +67,12 @@ def target(name: str) -> Target:
 
 def reason_to_skip(backend: Backend) -> str | None:
     """Why nothing can be compiled for such GPUs here; None if it can."""
-    if not any(importlib.util.find_spec(module) for module in MODULES[backend]):
-        return f"needs the {backend.upper()} plugin of this jax, though no GPU: see piperjax/runtime/absent_gpus.py"
-    return None
+    if any(importlib.util.find_spec(name.replace("-", "_")) for name in PLUGINS[backend]):
+        return None
+    return (
+        f"to compile for GPUs that are not here takes JAX's plugin for {backend.upper()}, which is not installed: "
+        f"pip install --no-deps {PIP[backend].format('.'.join(jax.__version__.split('.')[:3]))}"
+    )
 
 
 def devices(kind: Target, num_devices: int, per_node: int) -> Sequence[jax.Device]:

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_missing_plugin_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "needs the CUDA plugin of this jax" in absent_gpus.reason_to_skip("cuda")
-    with pytest.raises(ValueError, match="needs the ROCM plugin"):
+    reason = absent_gpus.reason_to_skip("cuda")
+    assert "JAX's plugin for CUDA, which is not installed: pip install --no-deps jax-cuda12-pjrt==" in reason
+    with pytest.raises(ValueError, match="JAX's plugin for ROCM"):
         absent_gpus.devices(absent_gpus.target("mi250x"), 8, 8)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert absent_gpus.reason_to_skip("cuda") is None

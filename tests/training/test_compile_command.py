@@ -56,11 +56,12 @@ def test_a_plan_is_compiled_and_compared(capsys, monkeypatch):
 
 
 def test_gpus_need_a_plugin(capsys, monkeypatch):
-    monkeypatch.setattr(absent_gpus, "MODULES", {"rocm": ("no_such_plugin",)})
+    monkeypatch.setattr(absent_gpus, "PLUGINS", {"rocm": ("no-such-plugin",)})
     assert main([*FLAGS, "--platform", "frontier", "--target", "gpu"]) == 2
     error = capsys.readouterr().err
     assert (
-        "needs the ROCM plugin of this jax, though no GPU" in error and len(error.strip().splitlines()) == 1
+        "takes JAX's plugin for ROCM, which is not installed: pip install" in error
+        and len(error.strip().splitlines()) == 1
     )
 
 
