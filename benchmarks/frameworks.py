@@ -19,6 +19,33 @@ from piperjax.planner.partition import partition_layers
 COUNT_BYTES = 4  # of a number of rows
 
 
+class Bubble(NamedTuple):
+    """Seconds in which a rank of P waits, over (P - directions) / directions / (stages of a rank).
+
+    Attributes:
+      forward, input_gradient, weight_gradient: so many times those of a rank and a microbatch.
+      directions: from which microbatches enter the pipeline.
+    """
+
+    forward: float = 1.0
+    input_gradient: float = 1.0
+    weight_gradient: float = 1.0
+    directions: int = 1
+
+
+# Interleaving: Narayanan et al. (arXiv 2104.04473, 2.2). Zero bubble: Qi et al. (arXiv 2401.10241, Table 2); ZB-1p is
+# ZB-H1 wherever they measured, and ZB-2p, whose search may keep twice as much, waits for next to nothing. DualPipe:
+# DeepSeek-V3 (arXiv 2412.19437, Table 2); a forward beside a backward takes as long as one after the other.
+BUBBLES = {
+    "interleaved": Bubble(),
+    "zb_h1": Bubble(weight_gradient=-1.0),
+    "zb_h2": Bubble(weight_gradient=-2.0),
+    "zb_2p": Bubble(0.0, 0.0, 0.0),
+    "zb_v": Bubble(0.0, 0.0, 0.0),
+    "dualpipe": Bubble(1.0, 2.0, -1.0, directions=2),
+}
+
+
 class Software(NamedTuple):
     """What a release of a framework does beside matrix products.
 
@@ -32,6 +59,7 @@ class Software(NamedTuple):
       reduction: part of the reduction of gradients, and of the gathering of parameters, that nothing hides.
       products: rate of its matrix products over that of the platform, if its libraries are known to reach another.
       counts: whether the numbers of rows travel in an all-to-all of their own, before rows do, forward.
+      attention: rate of its attention over that of the platform, if it is known to be another.
     """
 
     streams: float = 1.0
@@ -41,6 +69,7 @@ class Software(NamedTuple):
     reduction: float = 0.0
     products: float = 1.0
     counts: bool = False
+    attention: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +92,8 @@ class Run:
       imbalance: rows of the device with most of them over the mean.
       reductions: how often gradients are reduced in a step; with ZeRO-2 after every microbatch.
       gathers_parameters: whether each layer is gathered for each pass and its gradients scattered (FSDP), exposed.
+      schedule: of the pipeline, in `BUBBLES`.
+      outer_layers: whether embedding and head count as layers where these are divided among stages.
     """
 
     model: ModelConfig
@@ -84,6 +115,8 @@ class Run:
     imbalance: float = 1.0
     reductions: int = 1
     gathers_parameters: bool = False
+    schedule: str = "interleaved"
+    outer_layers: bool = False
 
     def __post_init__(self):
         if self.devices % (self.tensor * self.context * self.pipe):
@@ -94,7 +127,10 @@ class Run:
         experts = self.model.num_experts or 1
         if experts % self.expert or self.expert > experts:
             raise ValueError(f"{experts} experts do not divide by expert {self.expert}")
-        if self.pipe * self.virtual > self.model.num_layers + self.model.prediction_layers:
+        if (
+            self.pipe * self.virtual
+            > self.model.num_layers + self.model.prediction_layers + 2 * self.outer_layers
+        ):
             raise ValueError(
                 f"{self.model.num_layers} layers are fewer than pipe {self.pipe} x virtual {self.virtual}"
             )
@@ -147,7 +183,7 @@ class Prediction:
 def predict(run: Run) -> Prediction:
     """Prices one step: layers, head, the schedule, and the optimizer."""
     model, layers = run.model, _layers(run)
-    busy, bubble = _interleaved(run, layers)
+    busy, bubble = _pipelined(run, layers)
     step = busy + bubble + _optimizer_seconds(run)
     tokens = run.global_batch * run.seq_len / (step * run.devices)
     return Prediction(
@@ -159,19 +195,40 @@ def predict(run: Run) -> Prediction:
     )
 
 
-def _interleaved(run: Run, layers: list[LayerSeconds]) -> tuple[float, float]:
-    """Seconds of work of the busiest rank, and of its bubble: `(P - 1) / v` times a rank's mean microbatch."""
+def _pipelined(run: Run, layers: list[LayerSeconds]) -> tuple[float, float]:
+    """Seconds of work of the busiest rank, and in which it waits for others."""
     seconds = [_layer_total(run, layer) for layer in layers]
     if run.gathers_parameters:
         configs = run.model.layers + run.model.layers[-1:] * run.model.prediction_layers
-        seconds = [total + _gather_seconds(run, c) for total, c in zip(seconds, configs, strict=True)]
-    seconds[-1] += _head_seconds(run)
+        gathered = [_gather_seconds(run, config) for config in configs]
+        seconds = [a + b for a, b in zip(seconds, gathered, strict=True)]
+    if run.outer_layers:
+        seconds = [0.0, *seconds, _head_seconds(run)]
+    else:
+        seconds[-1] += _head_seconds(run)
     by_rank, first = [0.0] * run.pipe, 0
-    for stage, count in enumerate(partition_layers(tuple(seconds), run.pipe * run.virtual)):
+    for stage, count in enumerate(_counts(run, seconds)):
         by_rank[stage % run.pipe] += sum(seconds[first : first + count])
         first += count
-    bubble = (run.pipe - 1) / run.virtual * sum(by_rank) / run.pipe
-    return run.num_microbatches * max(by_rank), bubble
+    return run.num_microbatches * max(by_rank), sum(by_rank) / run.pipe * _waits(run, layers)
+
+
+def _counts(run: Run, seconds: list[float]) -> tuple[int, ...]:
+    """Layers of each stage: as even as can be in number where embedding and head count as layers, else in seconds."""
+    stages = run.pipe * run.virtual
+    if not run.outer_layers:
+        return partition_layers(tuple(seconds), stages)
+    least, more = divmod(len(seconds), stages)
+    return (least + 1,) * more + (least,) * (stages - more)
+
+
+def _waits(run: Run, layers: list[LayerSeconds]) -> float:
+    """Bubble of a rank over its mean work on a microbatch."""
+    bubble, total = BUBBLES[run.schedule], sum(layers, LayerSeconds())
+    passes = (total.forward, total.input_gradient, total.weight_gradient)
+    times = (bubble.forward, bubble.input_gradient, bubble.weight_gradient)
+    part = sum(a * b for a, b in zip(passes, times, strict=True)) / sum(passes)
+    return (run.pipe - bubble.directions) / bubble.directions / run.virtual * max(0.0, part)
 
 
 def _layers(run: Run) -> list[LayerSeconds]:
@@ -233,7 +290,8 @@ def _layer_total(run: Run, layer: LayerSeconds) -> float:
     software = run.software
     exchanges = software.exposed * (layer.exchange_forward + layer.exchange_backward)
     products = (layer.dense + layer.experts) / software.products
-    device = products + layer.attention + software.streams * layer.streams + exchanges
+    attention = layer.attention / software.attention
+    device = products + attention + software.streams * layer.streams + exchanges
     return max(device, software.host_seconds)
 
 

@@ -27,7 +27,8 @@ from benchmarks.frontier_runs import (
     moe_layer,
     needed_bytes,
 )
-from benchmarks.records import UnknownRowError, is_of_frontier, model_of, platform_of, positive, whole
+from benchmarks.record import UnknownRowError, model_of, platform_of, positive, whole
+from benchmarks.records import is_of_frontier
 from meshes.axes import divisors
 from models.config import ModelConfig
 from models.cost import flop_per_token

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.frontier_runs import XMOE
-from benchmarks.records import UnknownRowError, platform_of, positive, whole
+from benchmarks.record import UnknownRowError, platform_of, positive, whole
 from meshes.platform import Platform
 from models.config import GroupedQueryAttention, LayerConfig, MoEFFN
 from piperjax.planner.network import dispatch_transfer

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from benchmarks.frameworks import Run, Software
-from benchmarks.records import BRIDGE_STREAMS, DROPPING, UnknownRowError, platform_of
+from benchmarks.record import UnknownRowError, platform_of
+from benchmarks.records import BRIDGE_STREAMS, DROPPING
 from models import cost
 from models.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
 

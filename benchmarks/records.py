@@ -9,16 +9,23 @@ other framework as the middle one, and what a variant of Primus adds is read off
 import dataclasses
 import re
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
-from math import isfinite
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from benchmarks import records_dense
 from benchmarks.frameworks import Run, Software
-from meshes.platform import Platform, known_platforms, load_platform
-from models import cost
-from models.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoEFFN
-from models.presets import PRESETS, preset
+from benchmarks.record import (
+    RATES,
+    Record,
+    UnknownRowError,
+    degrees,
+    dtype_of,
+    model_of,
+    platform_of,
+    positive,
+    tokens_per_second,
+    whole,
+)
 
 # Megatron Bridge. The same configuration became faster from release to release, in software. One number per release,
 # the same for all models and platforms, stands for it: seconds of everything that is not a product, over those of fused
@@ -36,34 +43,6 @@ PRIMUS_HOST_SECONDS = 14e-3
 PRIMUS_DEEPEP_EXPOSED = 0.6
 # Nothing is hidden by a framework of which nothing is known, and what is no product takes as long as in the middle.
 UNKNOWN = Software(streams=statistics.median(BRIDGE_STREAMS.values()))
-# What is asked in reason; a number beyond is a mistake, and would take forever.
-MOST = 10_000_000
-
-
-class UnknownRowError(ValueError):
-    """A row that cannot be priced, and why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """One published measurement.
-
-    Attributes:
-      label: model, size and variant, for the table.
-      platform: name of the machine's file.
-      unit: "tokens/s" or "TFLOP/s", per device.
-      published: what was measured, in that unit.
-      run: what was run.
-    """
-
-    label: str
-    platform: str
-    unit: str
-    published: float
-    run: Run
-
-    def __post_init__(self):
-        positive("what was measured", self.published)
 
 
 def read(row: Mapping[str, Any]) -> Record:
@@ -72,27 +51,39 @@ def read(row: Mapping[str, Any]) -> Record:
     Raises:
       UnknownRowError: if its form, model, platform or parallelism is not known.
     """
-    source = str(row.get("source") or row.get("src") or "")
     try:
         if row.get("oom") and not any(row.get(rate) for rate in RATES):
             raise UnknownRowError("not a form of throughput: it ran out of memory")
-        if "tokens_per_second_per_device" in row:
-            return _bridge(row, source)
-        if "2504.14960" in source and "mfu" in row:
-            return _folding(row)
-        if "Primus" in source and "tok_s_gpu" in row:
-            return _primus(row)
-        if "Primus" in source and "schedule" in row:
-            # benchmarks/published_schedules.py compares the order of these.
-            raise UnknownRowError("neither microbatches nor sequence length are published")
-        if "par" in row and any(rate in row for rate in RATES) and not is_of_frontier(source):
-            return _other(row)
+        return _form_of(row)(row)
     except KeyError as error:
         raise UnknownRowError(f"the row has no field {error}") from None
     except UnknownRowError:
         raise
     except (ValueError, TypeError) as error:
         raise UnknownRowError(str(error)) from None
+
+
+def source_of(row: Mapping[str, Any]) -> str:
+    """Who published a row."""
+    return str(row.get("source") or row.get("src") or "")
+
+
+def _form_of(row: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Record]:
+    """What reads rows of its form."""
+    source = source_of(row)
+    if "tokens_per_second_per_device" in row:
+        return _bridge
+    if form := records_dense.form_of(source, row):
+        return form
+    if "2504.14960" in source and "mfu" in row:
+        return _folding
+    if "Primus" in source and "tok_s_gpu" in row:
+        return _primus
+    if "Primus" in source and "schedule" in row:
+        # benchmarks/published_schedules.py compares the order of these.
+        raise UnknownRowError("neither microbatches nor sequence length are published")
+    if "par" in row and any(rate in row for rate in RATES) and not is_of_frontier(source):
+        return _other
     raise UnknownRowError("not a form of measurement of throughput with known parallelism")
 
 
@@ -101,107 +92,7 @@ def is_of_frontier(source: str) -> bool:
     return any(name in source for name in ("Piper", "X-MoE", "2508.13337"))
 
 
-def positive(name: str, value: Any) -> float:
-    """A positive finite number.
-
-    Raises:
-      UnknownRowError: if it is anything else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or not isfinite(value):
-        raise UnknownRowError(f"{name} must be a positive number, got {value!r}")
-    return value
-
-
-def platform_of(text: str) -> Platform:
-    """The machine whose kind of device a text names, such as "H100-80 SXM" or "gb300".
-
-    Raises:
-      UnknownRowError: if no file describes it.
-    """
-    words = re.findall(r"[a-z]+\d+[a-z]*|frontier|lumi", str(text).lower())
-    words += ["frontier"] * ("mi250x" in words and "lumi" not in words)
-    for name in known_platforms():
-        if name.split("_")[0] in words:
-            return load_platform(name)
-    raise UnknownRowError(f"no platform file describes {text!r}")
-
-
-def model_of(name: str) -> ModelConfig:
-    """The model of a row.
-
-    Raises:
-      UnknownRowError: if there is no such preset.
-    """
-    plain = str(name).lower().replace("-", "_").replace(".", "_")
-    if plain in PRESETS:
-        return preset(plain)
-    if plain in _OTHERS:
-        return _OTHERS[plain]()
-    raise UnknownRowError(f"no model named {name!r} is described")
-
-
-def _fine_grained_8x22b() -> ModelConfig:
-    """Mixtral 8x22B with every expert cut in eight, and eight times as many chosen."""
-    whole = preset("mixtral_8x22b")
-    layer = whole.layers[0]
-    ffn = dataclasses.replace(layer.ffn, num_experts=64, experts_per_token=8, d_ff=layer.ffn.d_ff // 8)
-    layers = (dataclasses.replace(layer, ffn=ffn),) * whole.num_layers
-    return dataclasses.replace(whole, name="mixtral_8x22b_g8t8", layers=layers)
-
-
-def _llama3_8x70b() -> ModelConfig:
-    """Llama 3 70B with eight copies of every feed-forward part, two chosen."""
-    attention = GroupedQueryAttention(num_heads=64, num_kv_heads=8, head_dim=128)
-    ffn = MoEFFN(num_experts=8, experts_per_token=2, d_ff=28672)
-    layers = (LayerConfig(attention=attention, ffn=ffn),) * 80
-    return ModelConfig(name="llama3_8x70b", d_model=8192, vocab_size=128_256, layers=layers)
-
-
-def _gpt_oss_120b() -> ModelConfig:
-    """With full attention in every layer; half of them see 128 tokens only, which saves 5 % of the FLOP at 4,096."""
-    attention = GroupedQueryAttention(num_heads=64, num_kv_heads=8, head_dim=64, bias="all")
-    ffn = MoEFFN(num_experts=128, experts_per_token=4, d_ff=2880)
-    layers = (LayerConfig(attention=attention, ffn=ffn),) * 36
-    return ModelConfig(name="gpt_oss_120b", d_model=2880, vocab_size=201_088, layers=layers)
-
-
-_OTHERS = {
-    "gpt_oss_120b": _gpt_oss_120b,
-    "mixtral_8x22b_g8t8": _fine_grained_8x22b,
-    "llama3_8x70b": _llama3_8x70b,
-}
-
-
-def _dtype(precision: Any, platform: Platform) -> str:
-    """What products are computed in; 16 bits where a row does not say. There are several kinds of 8 bits."""
-    text = str(precision or "unspecified").upper()
-    if text in ("BF16", "BFLOAT16", "FP16/BF16", "BF16/FP16", "UNSPECIFIED"):
-        return "bfloat16"
-    if text in ("FP16", "FLOAT16"):
-        return "float16"
-    narrow = [dtype for dtype in platform.device.peak_flop_per_second if dtype.startswith("float8")]
-    if ("FP8" in text or "FLOAT8" in text) and narrow:
-        return narrow[0]
-    raise UnknownRowError(f"precision {precision!r} is not described for {platform.name}")
-
-
-def whole(row: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """A whole number of a row, or a default where it says nothing.
-
-    Raises:
-      UnknownRowError: if it is no number, or one that makes no sense.
-      KeyError: if it is missing.
-    """
-    value = row[name] if default is None else row.get(name) or default
-    number = int(value) if isinstance(value, float) and value.is_integer() else value
-    if type(number) is not int or not 1 <= number <= MOST:
-        raise UnknownRowError(
-            f"{name} must be a whole number of at least 1 and at most {MOST:,}, got {value!r}"
-        )
-    return number
-
-
-def _bridge(row: Mapping[str, Any], source: str) -> Record:
+def _bridge(row: Mapping[str, Any]) -> Record:
     """Megatron Bridge: DeepSeek-V3 trains its prediction layer unless the variant says otherwise."""
     platform, model, variant = (
         platform_of(row["platform"]),
@@ -210,7 +101,7 @@ def _bridge(row: Mapping[str, Any], source: str) -> Record:
     )
     if model.name == "deepseek_v3" and "w/o" not in variant:
         model = dataclasses.replace(model, prediction_layers=1)
-    release = bridge_release(source)
+    release = bridge_release(source_of(row))
     software = bridge_software(release, platform.name) if release else UNKNOWN
     drops = "tokendrop" in variant
     run = Run(
@@ -221,7 +112,7 @@ def _bridge(row: Mapping[str, Any], source: str) -> Record:
         microbatch=whole(row, "microbatch"),
         global_batch=whole(row, "global_batch"),
         seq_len=whole(row, "seq"),
-        dtype=_dtype(row.get("precision"), platform),
+        dtype=dtype_of(row.get("precision"), platform),
         capacity_factor=1.0 if drops else 0.0,
         software=DROPPING if drops else software,
     )
@@ -252,21 +143,6 @@ def bridge_software(release: str, platform: str) -> Software:
     )
 
 
-def degrees(text: str) -> dict[str, int]:
-    """Degrees of parallelism in a text such as "TP2 EP8 PP8 ETP1".
-
-    Raises:
-      UnknownRowError: if it is no text, or a degree is 0.
-    """
-    if not isinstance(text, str):
-        raise UnknownRowError(f"degrees of parallelism must be a text such as 'TP2 EP8', got {text!r}")
-    found = {word: int(number) for word, number in re.findall(r"\b([A-Z]+)(\d+)\b", text)}
-    for word, number in found.items():
-        if not 1 <= number <= MOST:
-            raise UnknownRowError(f"{word} must be at least 1, got {word}{number}")
-    return found
-
-
 def _folding(row: Mapping[str, Any]) -> Record:
     """MoE Parallel Folding (arXiv 2504.14960), Table 3: dropping experts, microbatches of one sequence."""
     par = degrees(row["par"])
@@ -282,7 +158,7 @@ def _folding(row: Mapping[str, Any]) -> Record:
         expert_tensor=par.get("ETP", par.get("TP", 1)),
         global_batch=whole(row, "gbs"),
         seq_len=whole(row, "seq"),
-        dtype=_dtype(row.get("prec"), platform),
+        dtype=dtype_of(row.get("prec"), platform),
         capacity_factor=positive("cap_factor", row["cap_factor"]),
         gathers_parameters="FSDP" in str(row["strategy"]),
         software=DROPPING,
@@ -291,39 +167,12 @@ def _folding(row: Mapping[str, Any]) -> Record:
         label=f"{row['model']} {row['strategy']} {row['par']} {row['gpus']} devices",
         platform=platform.name,
         unit="tokens/s",
-        published=_tokens_per_second(row, run),
+        published=tokens_per_second(row, run),
         run=run,
     )
 
 
-# Rates by which a row of another form may state its throughput, all per device.
-RATES = (
-    "tok_s_gpu",
-    "tokens_per_second_per_device",
-    "tflops",
-    "mfu",
-    "samples_per_gpu_s",
-    "tflops_causal",
-    "mfu_causal",
-)
 NOT_KNOWN = "(of no known framework or release)"
-
-
-def _tokens_per_second(row: Mapping[str, Any], run: Run) -> float:
-    """Per device, from whichever rate a row has; FLOP are the model's own, causal."""
-    flop = cost.flop_per_token(run.model, run.seq_len).step
-    name = next((rate for rate in RATES if row.get(rate) is not None), None)
-    if name is None:
-        raise UnknownRowError("nothing was measured")
-    value = positive("what was measured", row[name])
-    if name.startswith("mfu"):
-        peak = positive(
-            "peak", row.get("peak") or run.platform.device.peak_flop_per_second["bfloat16"] / 1e12
-        )
-        return value / 100 * peak * 1e12 / flop
-    if name.startswith("tflops"):
-        return value * 1e12 / flop
-    return value * (run.seq_len if name == "samples_per_gpu_s" else 1)
 
 
 def _other(row: Mapping[str, Any]) -> Record:
@@ -342,14 +191,14 @@ def _other(row: Mapping[str, Any]) -> Record:
         microbatch=whole(row, "mbs", par.get("MBS", 1)),
         global_batch=whole(row, "gbs"),
         seq_len=whole(row, "seq"),
-        dtype=_dtype(row.get("prec"), platform),
+        dtype=dtype_of(row.get("prec"), platform),
         software=UNKNOWN,
     )
     return Record(
         label=f"{row['model']} {row['par']} {row['gpus']} devices {NOT_KNOWN}",
         platform=platform.name,
         unit="tokens/s",
-        published=_tokens_per_second(row, run),
+        published=tokens_per_second(row, run),
         run=run,
     )
 
@@ -374,7 +223,7 @@ def _primus(row: Mapping[str, Any]) -> Record:
         # Not published for the small model, and without a pipeline it matters little.
         global_batch=whole(row, "gbs", 8 * devices * microbatch),
         seq_len=whole(row, "seq"),
-        dtype=_dtype(row.get("prec"), platform),
+        dtype=dtype_of(row.get("prec"), platform),
         software=_primus_software(variant, pipelined=par.get("PP", 1) > 1),
     )
     return Record(

@@ -24,14 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.frameworks import predict
-from benchmarks.records import (
-    BRIDGE_HOPPER_RELEASE,
-    DROPPING,
-    Record,
-    UnknownRowError,
-    bridge_release,
-    read,
-)
+from benchmarks.record import Record, UnknownRowError
+from benchmarks.records import BRIDGE_HOPPER_RELEASE, DROPPING, bridge_release, read
 from benchmarks.validate import GOLDEN, load, rank_correlation
 from meshes.platform import Platform
 

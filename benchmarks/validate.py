@@ -26,7 +26,8 @@ import numpy as np
 
 from benchmarks.frameworks import predict
 from benchmarks.frontier import FORWARD, Outcome, outcomes
-from benchmarks.records import BRIDGE_STREAMS, Record, UnknownRowError, platform_of, read
+from benchmarks.record import Record, UnknownRowError, platform_of
+from benchmarks.records import BRIDGE_STREAMS, read
 
 GOLDEN = Path(__file__).parent / "published.jsonl"
 MEDIAN_ERROR = 0.10

@@ -17,7 +17,8 @@ from benchmarks.frontier_runs import (
     counted_layer_flop,
     moe_bytes_per_token,
 )
-from benchmarks.records import UnknownRowError, bridge_software, degrees, platform_of, read
+from benchmarks.record import UnknownRowError, degrees, platform_of
+from benchmarks.records import bridge_software, read
 from benchmarks.validate import (
     GOLDEN,
     MEDIAN_ERROR,
