@@ -92,8 +92,9 @@ class Run:
       imbalance: rows of the device with most of them over the mean.
       reductions: how often gradients are reduced in a step; with ZeRO-2 after every microbatch.
       gathers_parameters: whether each layer is gathered for each pass and its gradients scattered (FSDP), exposed.
+      eager_passes: passes over the hidden rows of experts, forward and backward, that an activation of many small
+        kernels makes beyond those of a fused one.
       schedule: of the pipeline, in `BUBBLES`.
-      outer_layers: whether embedding and head count as layers where these are divided among stages.
     """
 
     model: ModelConfig
@@ -115,8 +116,8 @@ class Run:
     imbalance: float = 1.0
     reductions: int = 1
     gathers_parameters: bool = False
+    eager_passes: float = 0.0
     schedule: str = "interleaved"
-    outer_layers: bool = False
 
     def __post_init__(self):
         if self.devices % (self.tensor * self.context * self.pipe):
@@ -127,10 +128,8 @@ class Run:
         experts = self.model.num_experts or 1
         if experts % self.expert or self.expert > experts:
             raise ValueError(f"{experts} experts do not divide by expert {self.expert}")
-        if (
-            self.pipe * self.virtual
-            > self.model.num_layers + self.model.prediction_layers + 2 * self.outer_layers
-        ):
+        layers, stages = self.model.num_layers + self.model.prediction_layers, self.pipe * self.virtual
+        if stages > layers and (layers + 2) % stages:
             raise ValueError(
                 f"{self.model.num_layers} layers are fewer than pipe {self.pipe} x virtual {self.virtual}"
             )
@@ -184,7 +183,7 @@ def predict(run: Run) -> Prediction:
     """Prices one step: layers, head, the schedule, and the optimizer."""
     model, layers = run.model, _layers(run)
     busy, bubble = _pipelined(run, layers)
-    step = busy + bubble + _optimizer_seconds(run)
+    step = busy + bubble + _optimizer_seconds(run, busy / run.num_microbatches)
     tokens = run.global_batch * run.seq_len / (step * run.devices)
     return Prediction(
         step_seconds=step,
@@ -202,8 +201,9 @@ def _pipelined(run: Run, layers: list[LayerSeconds]) -> tuple[float, float]:
         configs = run.model.layers + run.model.layers[-1:] * run.model.prediction_layers
         gathered = [_gather_seconds(run, config) for config in configs]
         seconds = [a + b for a, b in zip(seconds, gathered, strict=True)]
-    if run.outer_layers:
-        seconds = [0.0, *seconds, _head_seconds(run)]
+    stages = run.pipe * run.virtual
+    if len(seconds) % stages and (len(seconds) + 2) % stages == 0 and not run.model.prediction_layers:
+        seconds = [0.0, *seconds, _head_seconds(run)]  # Embedding and head count as layers.
     else:
         seconds[-1] += _head_seconds(run)
     by_rank, first = [0.0] * run.pipe, 0
@@ -214,12 +214,11 @@ def _pipelined(run: Run, layers: list[LayerSeconds]) -> tuple[float, float]:
 
 
 def _counts(run: Run, seconds: list[float]) -> tuple[int, ...]:
-    """Layers of each stage: as even as can be in number where embedding and head count as layers, else in seconds."""
+    """Layers of each stage: as many in all where their number allows it, else such that stages take as long."""
     stages = run.pipe * run.virtual
-    if not run.outer_layers:
+    if len(seconds) % stages:
         return partition_layers(tuple(seconds), stages)
-    least, more = divmod(len(seconds), stages)
-    return (least + 1,) * more + (least,) * (stages - more)
+    return (len(seconds) // stages,) * stages
 
 
 def _waits(run: Run, layers: list[LayerSeconds]) -> float:
@@ -258,7 +257,13 @@ def _priced(run: Run, layer: LayerConfig, *, expert_stride: int = 1, imbalance: 
         capacity_factor=run.capacity_factor,
         tensor=run.tensor,
     )
-    if not run.software.counts or not isinstance(layer.ffn, MoEFFN):
+    if not isinstance(layer.ffn, MoEFFN):
+        return seconds
+    if run.eager_passes:
+        hidden = 2 * run.tokens * layer.ffn.experts_per_token * layer.ffn.d_ff
+        eager = run.platform.device.stream_seconds(run.eager_passes * hidden)
+        seconds = replace(seconds, streams=seconds.streams + eager)
+    if not run.software.counts:
         return seconds
     counts = all_to_all(run.platform, factors, COUNT_BYTES * layer.ffn.num_experts).seconds
     return replace(seconds, exchange_forward=seconds.exchange_forward + counts)
@@ -327,11 +332,18 @@ def _head_seconds(run: Run) -> float:
     return ((1 + further) * head + further * join) / run.software.products + (1 + further) * loss
 
 
-def _optimizer_seconds(run: Run) -> float:
-    """Update of a device's share, and what nothing hides of the exchange of gradients and parameters (ZeRO-1)."""
+def _optimizer_seconds(run: Run, microbatch: float) -> float:
+    """Update of a device's share, and what nothing hides of the exchange of gradients and parameters (ZeRO-1).
+
+    What overlaps is hidden behind the forward of the first microbatch, a third of its seconds, and the backward of the
+    last one; gradients have 32 bits there.
+    """
     counted = cost.parameters(run.model)
     update = run.platform.device.stream_seconds(28 * counted.total / run.devices)
-    if not run.software.reduction:
+    if run.gathers_parameters:
         return update
     of_rank = (counted.total - counted.experts) / run.pipe, counted.experts / run.pipe
-    return update + run.software.reduction * (1 + run.reductions) * _gathered_once(run, *of_rank)
+    once = _gathered_once(run, *of_rank)
+    if not run.software.reduction:
+        return update + max(0.0, once - microbatch / 3) + max(0.0, 2 * once - 2 * microbatch / 3)
+    return update + run.software.reduction * (1 + run.reductions) * once

@@ -32,8 +32,13 @@ from benchmarks.record import (
 # kernels that never wait. It fell by half in 26.06, on Blackwell; the H100 is as fast in 26.06 as in 26.04.
 BRIDGE_STREAMS = {"25.11": 2.6, "26.02": 2.3, "26.04": 2.1, "26.06": 0.9}
 BRIDGE_HOPPER_RELEASE = "26.04"
-# Recipes for Hopper run the exchanges of one microbatch beside the products of another; those for NVL72 need not.
-BRIDGE_HOPPER_EXPOSED = 0.65
+# Recipes run the exchanges of one microbatch beside the products of another where nodes have eight devices; those for
+# NVL72 need not. There also the host is slower than that of NVL72, and steps with one sequence of 4,096 tokens take so
+# long for every layer on devices of either generation; half of that where nothing waits for row counts.
+BRIDGE_NODE_EXPOSED = 0.65
+BRIDGE_HOST_SECONDS = 9.2e-3
+# GPT-OSS adds biases, clamps and scales between the matrices of experts, by a kernel for each. Fitted.
+EAGER_PASSES = {"gpt_oss_120b": 62.0}
 # Experts that drop what exceeds their capacity have static shapes, so that nothing waits for row counts; such runs
 # use plain all-to-alls.
 DROPPING = Software(streams=0.9, exposed=1.0, dispatcher="flat")
@@ -114,7 +119,8 @@ def _bridge(row: Mapping[str, Any]) -> Record:
         seq_len=whole(row, "seq"),
         dtype=dtype_of(row.get("precision"), platform),
         capacity_factor=1.0 if drops else 0.0,
-        software=DROPPING if drops else software,
+        eager_passes=EAGER_PASSES.get(model.name, 0.0),
+        software=_dropping(software) if drops else software,
     )
     label = f"{row['model']} {row.get('precision', '')} {row['devices']} devices "
     label += release or NOT_KNOWN
@@ -138,9 +144,19 @@ def bridge_software(release: str, platform: str) -> Software:
     hopper = platform.startswith("h")
     known = [r for r in BRIDGE_STREAMS if r <= release and not (hopper and r > BRIDGE_HOPPER_RELEASE)]
     streams = BRIDGE_STREAMS[max(known, default=min(BRIDGE_STREAMS))]
+    if platform.endswith("nvl72"):
+        return Software(streams=streams, dispatcher="halo2_dedup")
     return Software(
-        streams=streams, exposed=BRIDGE_HOPPER_EXPOSED if hopper else 1.0, dispatcher="halo2_dedup"
+        streams=streams,
+        exposed=BRIDGE_NODE_EXPOSED,
+        dispatcher="halo2_dedup",
+        host_seconds=BRIDGE_HOST_SECONDS,
     )
+
+
+def _dropping(software: Software) -> Software:
+    """The same where experts drop what exceeds their capacity."""
+    return software._replace(exposed=1.0, dispatcher="flat", host_seconds=software.host_seconds / 2)
 
 
 def _folding(row: Mapping[str, Any]) -> Record:

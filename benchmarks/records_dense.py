@@ -113,7 +113,6 @@ def _zero_bubble(row: Mapping[str, Any]) -> Record:
         seq_len=ZERO_BUBBLE_TOKENS,
         dtype="float16",
         schedule=ZERO_BUBBLE_SCHEDULES[schedule],
-        outer_layers=True,
         software=MEGATRON,
     )
     label = f"{row['model']} {row['par']} {schedule} {row['microbatches']} microbatches"
