@@ -46,6 +46,8 @@ DROPPING = Software(streams=0.9, exposed=1.0, dispatcher="flat")
 # DeepSeek-V2-Lite do not become shorter. DeepEP hides or saves this part of the exchanges.
 PRIMUS_HOST_SECONDS = 14e-3
 PRIMUS_DEEPEP_EXPOSED = 0.6
+# Its configuration of DeepSeek-V2 (examples/moe_package/configs/MI355X) computes 14 of the 15 layers of a rank again.
+PRIMUS_MEMORY_MODES = {"deepseek_v2": "layer"}
 # Nothing is hidden by a framework of which nothing is known, and what is no product takes as long as in the middle.
 UNKNOWN = Software(streams=statistics.median(BRIDGE_STREAMS.values()))
 
@@ -226,8 +228,9 @@ def _primus(row: Mapping[str, Any]) -> Record:
     microbatch = whole(row, "mbs", par.get("MBS", 1))
     chunks = re.search(r"VPP(\d+)", variant)
     virtual = int(chunks.group(1)) if chunks else (3 if variant == "+sync-free" else 1)
+    model = model_of(row["model"])
     run = Run(
-        model=model_of(row["model"]),
+        model=model,
         platform=platform,
         devices=devices,
         tensor=par.get("TP", 1),
@@ -240,6 +243,7 @@ def _primus(row: Mapping[str, Any]) -> Record:
         global_batch=whole(row, "gbs", 8 * devices * microbatch),
         seq_len=whole(row, "seq"),
         dtype=dtype_of(row.get("prec"), platform),
+        memory_mode=PRIMUS_MEMORY_MODES.get(model.name, "stash"),
         software=_primus_software(variant, pipelined=par.get("PP", 1) > 1),
     )
     return Record(
