@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 Medium = Literal["wire", "memory"]
+Network = Literal["", "ethernet", "infiniband", "slingshot"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,7 @@ class Platform:
       devices_per_node: devices of one host, or of a larger domain of fast links that joins several hosts.
       links: levels of the network, innermost first; each joins a whole number of instances of the one before.
       devices_per_nic: consecutive devices of a node that share one network interface; None where there is no network.
+      network: what joins the nodes, "ethernet", "infiniband" or "slingshot"; "" where nobody said.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Platform:
     devices_per_node: int
     links: tuple[Link, ...] = ()
     devices_per_nic: int | None = None
+    network: Network = ""
 
     def __post_init__(self) -> None:
         check_text("name", self.name)
@@ -127,6 +130,9 @@ class Platform:
                     f"devices_per_nic must divide the {self.devices_per_node} devices of a node, "
                     f"got {self.devices_per_nic}"
                 )
+        if self.network not in get_args(Network):
+            known = ", ".join(filter(None, get_args(Network)))
+            raise ValueError(f"network must be one of {known}, got {self.network!r}")
         for inner, outer in zip(self.links, self.links[1:], strict=False):
             if outer.devices <= inner.devices or outer.devices % inner.devices:
                 raise ValueError(
@@ -221,12 +227,17 @@ def load_platform(name_or_path: str) -> Platform:
     )
 
 
-# What JAX calls a kind of device, in lower case, and the file that describes machines made of it; the first word
-# found decides. ROCm names MI250X devices "AMD Instinct MI250X/MI250".
+# Words of what JAX calls a kind of device, in lower case, and the file that describes machines made of it; the first
+# whose words are all there decides. ROCm names MI250X devices "AMD Instinct MI250X/MI250". A100 differ by their memory.
 _KINDS = {
     "mi250x": "frontier",
+    "mi300a": "el_capitan",
     "mi300x": "mi300x_node",
     "mi355x": "mi355x_node",
+    "a100 40gb": "perlmutter",
+    "a100 64gb": "leonardo",
+    "a100": "a100_pod",
+    "gh200": "alps",
     "h200": "h200_pod",
     "h100": "h100_pod",
     "b200": "b200_pod",
@@ -259,9 +270,9 @@ def detect_platform(
         if num_devices == devices_per_process == 8:
             return load_platform("cpu8")
         return _computers(num_devices, devices_per_process)
-    words = re.split("[^a-z0-9]+", device_kind.lower())
-    for word, name in _KINDS.items():
-        if word in words:
+    words = set(re.split("[^a-z0-9]+", device_kind.lower()))
+    for kind, name in _KINDS.items():
+        if words.issuperset(kind.split()):
             return load_platform(name)
     return Platform(
         name="generic",

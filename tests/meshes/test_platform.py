@@ -106,13 +106,22 @@ def test_a_machine_without_a_network_is_one_node():
         ("gpu", "AMD Instinct MI250X/MI250", 64, 8, "frontier", 8),
         ("gpu", "AMD Instinct MI250X/MI250", 64, 1, "frontier", 8),  # one process per device
         ("gpu", "AMD Instinct MI300X", 8, 8, "mi300x_node", 8),
+        ("gpu", "AMD Instinct MI300A", 4, 4, "el_capitan", 4),  # not the MI300X
+        ("gpu", "NVIDIA A100-SXM4-80GB", 8, 8, "a100_pod", 8),
+        ("gpu", "NVIDIA A100-SXM4-40GB", 4, 4, "perlmutter", 4),
+        ("gpu", "NVIDIA A100-SXM-64GB", 4, 4, "leonardo", 4),
+        ("gpu", "NVIDIA A100 80GB PCIe", 2, 2, "a100_pod", 8),
         ("gpu", "NVIDIA H100 80GB HBM3", 8, 8, "h100_pod", 8),
         ("gpu", "NVIDIA H200", 8, 8, "h200_pod", 8),
+        ("gpu", "NVIDIA H800", 8, 8, "h800_pod", 8),
         ("gpu", "NVIDIA B200", 8, 8, "b200_pod", 8),
+        ("gpu", "NVIDIA B300 SXM6 AC", 8, 8, "b300_pod", 8),
         ("gpu", "NVIDIA GB200", 8, 4, "gb200_nvl72", 64),  # not the B200 in its name
         ("gpu", "NVIDIA GB300", 8, 4, "gb300_nvl72", 64),
         ("gpu", "AMD Instinct MI355X", 8, 8, "mi355x_node", 8),
-        ("gpu", "NVIDIA GH200 480GB", 1, 1, "generic", 1),  # no H200
+        ("gpu", "NVIDIA GH200 120GB", 8, 4, "alps", 4),  # no H200
+        ("gpu", "NVIDIA GH200 480GB", 1, 1, "alps", 4),
+        ("gpu", "AMD Instinct MI300", 4, 2, "generic", 2),
         ("gpu", "Quantum 9000", 4, 2, "generic", 2),
     ],
 )
@@ -129,23 +138,73 @@ def test_computers_of_simulated_devices_are_joined_by_a_network():
 
 
 def test_the_machines_that_are_described():
-    gpus = [
+    pods = [
         "a100_pod",
         "b200_pod",
         "b300_pod",
-        "frontier",
         "gb200_nvl72",
         "gb300_nvl72",
         "h100_pod",
         "h200_pod",
+        "h800_pod",
     ]
-    gpus += ["h800_pod", "lumi_g"]
-    assert known_platforms() == sorted([*gpus, "cpu", "cpu8", "laptop", "mi300x_node", "mi355x_node"])
+    centres = ["alps", "el_capitan", "frontier", "jupiter", "leonardo", "lumi_g", "perlmutter"]
+    nodes = ["mi300x_node", "mi355x_node"]
+    assert known_platforms() == sorted([*pods, *centres, *nodes, "cpu", "cpu8", "laptop"])
     assert {name: load_platform(name).nics_per_node for name in ("frontier", "h100_pod", "laptop")} == {
         "frontier": 4,
         "h100_pod": 8,
         "laptop": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes_per_group", "groups", "gigabits_per_device"),
+    [
+        ("perlmutter", 128, 12, 200),
+        ("leonardo", 180, 19, 100),
+        ("alps", 112, 24, 200),
+        ("jupiter", 240, 25, 200),
+        ("el_capitan", 128, 87, 200),
+    ],
+)
+def test_supercomputers_of_four_devices_per_node(name, nodes_per_group, groups, gigabits_per_device):
+    platform = load_platform(name)
+    node, group, system = platform.links
+    assert platform.devices_per_node == platform.nics_per_node == node.devices == 4
+    assert (group.devices, system.devices) == (4 * nodes_per_group, 4 * nodes_per_group * groups)
+    assert group.bytes_per_second == system.bytes_per_second == gigabits_per_device * 1e9 / 8
+    # A message between nodes costs a collective library ten times what one of MPI would, 2 to 5 microseconds.
+    assert group.message_seconds >= 20e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("perlmutter", "a100_pod"),
+        ("leonardo", "a100_pod"),
+        ("alps", "h100_pod"),
+        ("jupiter", "h100_pod"),
+        ("el_capitan", "mi300x_node"),
+    ],
+)
+def test_rates_are_those_of_the_nearest_device_that_is_known(name, nearest):
+    ours, known = load_platform(name).device, load_platform(nearest).device
+    for table in ("matmul", "grouped_matmul", "attention"):
+        rates = getattr(ours, table)
+        assert rates == replace(getattr(known, table), provenance=rates.provenance)
+    ratios = {ours.peak_flop_per_second[dtype] / peak for dtype, peak in known.peak_flop_per_second.items()}
+    units = {"leonardo": 124 / 108, "el_capitan": 228 / 304}.get(name, 1.0)
+    assert all(ratio == pytest.approx(units, rel=2e-3) for ratio in ratios)
+
+
+def test_machines_with_slingshot():
+    slingshot = {name for name in known_platforms() if load_platform(name).network == "slingshot"}
+    assert slingshot == {"alps", "el_capitan", "frontier", "lumi_g", "perlmutter"}
+    with pytest.raises(
+        ValueError, match="network must be one of ethernet, infiniband, slingshot, got 'rope'"
+    ):
+        replace(FRONTIER, network="rope")
 
 
 @pytest.mark.parametrize("name", known_platforms())

@@ -38,7 +38,7 @@ def test_every_gpu_of_a_platform_is_described_and_every_description_used():
 
 
 def test_an_unknown_gpu_is_a_sentence():
-    with pytest.raises(ValueError, match="GPUs that can be compiled for are b200, .*mi355x, got 'tpu'"):
+    with pytest.raises(ValueError, match="GPUs that can be compiled for are a100_40, .*mi355x, got 'tpu'"):
         absent_gpus.target("tpu")
 
 
