@@ -15,7 +15,7 @@ import ipaddress
 from piperjax.doctor.environment import Environment
 from piperjax.doctor.finding import Finding, error, note, ok, warning
 
-# Slingshot's variables, the values that do, and what the first of them is for. [olcf] [hpe]
+# Slingshot's variables, the values that do, and what the first of them is for. [olcf] [hpe] [cscs]
 SLINGSHOT = {
     "FI_CXI_DISABLE_HOST_REGISTER": (("1",), "registering host memory can deadlock RCCL"),
     "FI_CXI_DEFAULT_CQ_SIZE": (("131072",), "all-to-alls overflow the default completion queue"),
@@ -27,32 +27,40 @@ SLINGSHOT = {
     "FI_CXI_RDZV_EAGER_SIZE": (("0",), "nothing is sent before the receiver is ready"),
     "FI_CXI_RDZV_THRESHOLD": (("0",), "every message goes by rendezvous"),
     "FI_CXI_RDZV_GET_MIN": (("0",), "belongs to alt_read"),
-    "FI_CXI_DEFAULT_TX_SIZE": (("2048",), "large jobs have many messages under way"),
+    "FI_CXI_DEFAULT_TX_SIZE": (("2048", "32768"), "large jobs have many messages under way"),
     "NCCL_CROSS_NIC": (("1",), "faster on many nodes"),
     "NCCL_NET_GDR_LEVEL": (("PHB", "3"), "interfaces read device memory directly"),
 }
 ROCM_SLINGSHOT = {"HSA_FORCE_FINE_GRAIN_PCIE": (("1",), "interfaces and GPUs read each other's memory")}
+CUDA_SLINGSHOT = {"NCCL_PROTO": (("^LL128",), "the protocol LL128 is slower on Slingshot")}  # [cscs]
 PLUGIN_LIBRARIES = ("librccl-net.so", "libnccl-net.so")
 
 
 def has_slingshot(env: Environment) -> bool:
     """Whether this is a node on HPE Slingshot, by its interfaces or by the platform that was named."""
-    named = env.expected.name if env.expected else ""
-    return bool(env.names("sys/class/cxi")) or named in ("frontier", "lumi_g")
+    named = env.expected is not None and env.expected.network == "slingshot"
+    return named or bool(env.names("sys/class/cxi"))
+
+
+def collective_library(env: Environment) -> str:
+    """The library of the GPUs that are here, NCCL or RCCL; where none is, of the platform that was named."""
+    gpu = env.expected.device.gpu if env.expected else ""
+    named = env.backend == "cpu" and gpu != "" and not gpu.startswith("mi")
+    return "NCCL" if env.backend == "cuda" or named else "RCCL"
 
 
 def slingshot_variables(env: Environment) -> list[Finding]:
     """Variables that the operators of Slingshot machines set for collective libraries."""
     if not has_slingshot(env):
         return []
-    is_cuda = env.backend == "cuda"
-    table = SLINGSHOT if is_cuda else SLINGSHOT | ROCM_SLINGSHOT
+    library = collective_library(env)
+    table = SLINGSHOT | (CUDA_SLINGSHOT if library == "NCCL" else ROCM_SLINGSHOT)
     findings = []
     monitor = env.environ.get("FI_MR_CACHE_MONITOR")
     if monitor == "memhooks":
         advice = "export FI_MR_CACHE_MONITOR=userfaultfd (or kdreg2)"
         findings.append(
-            error("slingshot", "FI_MR_CACHE_MONITOR=memhooks deadlocks with RCCL's plugin", advice)
+            error("slingshot", f"FI_MR_CACHE_MONITOR=memhooks deadlocks with {library}'s plugin", advice)
         )
     elif monitor not in ("userfaultfd", "kdreg2"):
         found = f"FI_MR_CACHE_MONITOR={monitor}" if monitor else "FI_MR_CACHE_MONITOR is not set"
@@ -61,8 +69,9 @@ def slingshot_variables(env: Environment) -> list[Finding]:
     missing = [name for name in table if name not in env.environ]
     if missing:
         values = " ".join(f"{name}={table[name][0][0]}" for name in missing)
-        found = f"{len(missing)} variables that RCCL needs on Slingshot are not set"
-        advice = f"load rccl-net-plugin, as launch/frontier.sbatch does, or export {values}"
+        found = f"{len(missing)} variables that {library} needs on Slingshot are not set"
+        module = "load rccl-net-plugin, as launch/frontier.sbatch does, or " if library == "RCCL" else ""
+        advice = f"{module}export {values}"
         findings.append(warning("slingshot", found, advice))
     for name, (values, reason) in table.items():
         if name in env.environ and env.environ[name] not in values:
@@ -75,28 +84,32 @@ def slingshot_variables(env: Environment) -> list[Finding]:
         findings.append(
             note("slingshot", "FI_CXI_RDZV_PROTO=alt_read works in jobs whose network allows it", advice)
         )
-    return findings or [ok("slingshot", "libfabric and RCCL are set up as OLCF and HPE recommend")]
+    return findings or [
+        ok("slingshot", f"libfabric and {library} are set up as operators of Slingshot recommend")
+    ]
 
 
 def network_plugin(env: Environment) -> list[Finding]:
     """The plugin through which RCCL and NCCL reach Slingshot; without it they use TCP [olcf] [hpe]."""
     if not has_slingshot(env):
         return []
+    name = collective_library(env)
+    module = "rccl-net-plugin" if name == "RCCL" else "aws-ofi-nccl"
     named = env.environ.get("NCCL_NET_PLUGIN", "")
     if "/" in named:
         if not (env.root / named.lstrip("/")).exists():
             found = f"NCCL_NET_PLUGIN names {named}, which does not exist"
-            return [error("slingshot", found, "correct it, or load the module rccl-net-plugin")]
-        return [ok("slingshot", f"RCCL's network plugin is {named}"), *_forced_network(env)]
+            return [error("slingshot", found, f"correct it, or load the module {module}")]
+        return [ok("slingshot", f"{name}'s network plugin is {named}"), *_forced_network(env)]
     library = env.library(*PLUGIN_LIBRARIES)
     if library is None:
         found = f"neither NCCL_NET_PLUGIN nor LD_LIBRARY_PATH leads to {' or '.join(PLUGIN_LIBRARIES)}"
         advice = (
-            "load the module rccl-net-plugin, or build aws-ofi-nccl and export NCCL_NET_PLUGIN=.../librccl-net.so: "
-            "without it RCCL uses TCP between nodes, many times slower"
+            f"load the module {module}, or build aws-ofi-nccl and export NCCL_NET_PLUGIN=.../lib{name.lower()}-net.so: "
+            f"without it {name} uses TCP between nodes, many times slower"
         )
         return [warning("slingshot", found, advice), *_forced_network(env)]
-    return [ok("slingshot", f"RCCL's network plugin is {library}"), *_forced_network(env)]
+    return [ok("slingshot", f"{name}'s network plugin is {library}"), *_forced_network(env)]
 
 
 def _forced_network(env: Environment) -> list[Finding]:
@@ -105,7 +118,10 @@ def _forced_network(env: Environment) -> list[Finding]:
         advice = "unset it in jobs of one node, whose network is not configured: the plugin would not start"
         return [warning("slingshot", f"NCCL_NET={network} with one node", advice)]
     if network is None and env.num_nodes > 1:
-        advice = "export NCCL_NET=OFI, so that a plugin that does not load ends the run instead of slowing it"
+        value = "OFI" if collective_library(env) == "RCCL" else '"AWS Libfabric"'  # [cscs]
+        advice = (
+            f"export NCCL_NET={value}, so that a plugin that does not load ends the run instead of slowing it"
+        )
         return [note("slingshot", "NCCL_NET is not set", advice)]
     return []
 

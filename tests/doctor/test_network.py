@@ -8,6 +8,7 @@ import pytest
 from meshes.platform import load_platform
 from piperjax.doctor import network
 from piperjax.doctor.network import (
+    CUDA_SLINGSHOT,
     ROCM_SLINGSHOT,
     SLINGSHOT,
     debugging_switches,
@@ -37,7 +38,7 @@ def levels(findings):
 def test_slingshot_that_is_set_up(machine, told):
     env = machine.rocm(files=CXI, environ=GOOD)
     assert told(slingshot_variables(env)) == [
-        ("ok", "libfabric and RCCL are set up as OLCF and HPE recommend")
+        ("ok", "libfabric and RCCL are set up as operators of Slingshot recommend")
     ]
     assert slingshot_variables(machine(environ={})) != [] and levels(interface_affinity(env)) == ["ok"]
 
@@ -76,11 +77,46 @@ def test_alt_read_needs_a_network_that_allows_it(machine):
     assert finding.level == "note" and finding.advice == "ask for the job with --network=disable_rdzv_get"
 
 
-def test_a_platform_that_is_named_has_slingshot(machine):
-    env = machine(expected=load_platform("frontier"))
-    assert levels(slingshot_variables(env)) == ["warning", "warning"]
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        ("frontier", "RCCL"),
+        ("lumi_g", "RCCL"),
+        ("el_capitan", "RCCL"),
+        ("alps", "NCCL"),
+        ("perlmutter", "NCCL"),
+    ],
+)
+def test_a_platform_that_is_named_has_slingshot(machine, name, library):
+    env = machine(expected=load_platform(name))
+    _, missing = slingshot_variables(env)
+    assert f"variables that {library} needs on Slingshot are not set" in missing.found
+    assert ("HSA_FORCE_FINE_GRAIN_PCIE=1" in missing.advice) == (library == "RCCL")
+    assert ("NCCL_PROTO=^LL128" in missing.advice) == (library == "NCCL")
+    (plugin,) = network_plugin(env)
+    assert f"without it {library} uses TCP" in plugin.advice
+    assert ("aws-ofi-nccl, or" in plugin.advice) == (library == "NCCL")
     (finding,) = interface_affinity(env)
-    assert finding.found == "frontier is on Slingshot, but no interface is here"
+    assert finding.found == f"{name} is on Slingshot, but no interface is here"
+
+
+@pytest.mark.parametrize("name", ["h100_pod", "leonardo", "jupiter", "mi300x_node"])
+def test_a_platform_that_is_named_has_another_network(machine, name):
+    env = machine(expected=load_platform(name))
+    assert slingshot_variables(env) == network_plugin(env) == interface_affinity(env) == []
+
+
+def test_slingshot_with_nccl(machine, told):
+    good = {key: value for key, value in GOOD.items() if key not in ROCM_SLINGSHOT}
+    good |= {key: values[0] for key, (values, _) in CUDA_SLINGSHOT.items()}
+    alps = load_platform("alps")
+    assert told(slingshot_variables(machine(expected=alps, files=CXI, environ=good))) == [
+        ("ok", "libfabric and NCCL are set up as operators of Slingshot recommend")
+    ]
+    environ = good | TWO_NODES | {"NCCL_NET_PLUGIN": "/net/lib/libnccl-net.so"}
+    found, forced = network_plugin(machine(expected=alps, files=["net/lib/libnccl-net.so"], environ=environ))
+    assert found.found == "NCCL's network plugin is /net/lib/libnccl-net.so"
+    assert 'export NCCL_NET="AWS Libfabric"' in forced.advice
 
 
 def test_the_job_script_sets_what_is_recommended():
