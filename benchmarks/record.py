@@ -55,16 +55,18 @@ def positive(name: str, value: Any) -> float:
 
 
 def platform_of(text: str) -> Platform:
-    """The machine whose kind of device a text names, such as "H100-80 SXM" or "gb300".
+    """The machine that a text names, or whose kind of device it names, such as "LUMI", "H100-80 SXM" or "gb300".
 
     Raises:
       UnknownRowError: if no file describes it.
     """
-    words = re.findall(r"[a-z]+\d+[a-z]*|frontier|lumi", str(text).lower())
-    words += ["frontier"] * ("mi250x" in words and "lumi" not in words)
-    for name in known_platforms():
-        if name.split("_")[0] in words:
-            return load_platform(name)
+    words = re.findall(r"[a-z]+\d*[a-z]*", str(text).lower())
+    clusters = [platform for platform in map(load_platform, known_platforms()) if platform.network]
+    named = [platform for platform in clusters if platform.name.split("_")[0] in words]
+    # A machine that has a name, such as LUMI, rather than one of the same devices.
+    named.sort(key=lambda platform: platform.name.endswith(("_pod", "_node")))
+    if named or "mi250x" in words:
+        return named[0] if named else load_platform("frontier")
     raise UnknownRowError(f"no platform file describes {text!r}")
 
 

@@ -258,7 +258,9 @@ def test_releases_are_the_last_known_before():
 def test_names_in_rows():
     assert degrees("TP2 EP8 PP8 ETP1") == {"TP": 2, "EP": 8, "PP": 8, "ETP": 1}
     assert platform_of("H100-80 SXM, NVLink4, 400G IB").name == "h100_pod"
-    assert platform_of("Frontier MI250X GCD 64GB").name == "frontier"
+    assert platform_of("Frontier MI250X GCD 64GB").name == platform_of("MI250X").name == "frontier"
+    assert platform_of("LUMI, MI250X").name == "lumi_g"
+    assert platform_of("Perlmutter, A100 of 40 GB").name == "perlmutter"
 
 
 def test_a_run_by_its_laws():
