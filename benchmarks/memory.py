@@ -208,9 +208,9 @@ def compiled_bytes(one: Case, target: Target = SIMULATED) -> int:
     return memory_of(compile_step(executor, config, gpu=gpu)[0]).total
 
 
-def predicted_bytes(one: Case, target: Target = SIMULATED) -> float:
-    """Bytes per device that the planner predicts."""
-    ranks = estimate_memory(one.model, one.plan, dtype=one.dtype, backend=target.backend)
+def predicted_bytes(one: Case, target: Target = SIMULATED, backend: str = "") -> float:
+    """Bytes per device that the planner predicts, for what the table was compiled with, or for another backend."""
+    ranks = estimate_memory(one.model, one.plan, dtype=one.dtype, backend=backend or target.backend)
     return max(rank.total for rank in ranks)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from models import cost
 from models.config import LayerConfig, ModelConfig, MoEFFN
+from piperjax.planner.backends import installed_cpu
 from piperjax.planner.candidates import (
     Mesh,
     Question,
@@ -238,7 +239,7 @@ def _layer_bytes(model: ModelConfig, kind: str, share: Share, backend: str) -> f
     """Bytes of the backward of one layer, and of one microbatch if what travelled is kept for it."""
     everywhere = (model.num_layers,)
     weights = storage(model, everywhere, pipe=1, data=1, expert=share.expert, dtype=share.dtype).layers[kind]
-    layer, compiler = model.kinds[kind], Backend(widens=backend == "cpu", share=share)
+    layer, compiler = model.kinds[kind], Backend.named(backend, share)
     phase = layer_backward(model.d_model, layer, weights, compiler, splits=False)
     return phase.total + kept_bytes(model.d_model, layer, share, "named")
 
@@ -252,4 +253,4 @@ def layers_by_flop(model: ModelConfig, seq_len: int, num_stages: int) -> tuple[i
 
 def memory_backend(question: Question) -> str:
     """What compiles for the devices: simulated ones are CPUs."""
-    return "gpu" if question.platform.device.concurrent_devices is None else "cpu"
+    return "gpu" if question.platform.device.concurrent_devices is None else installed_cpu()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from models.config import LayerConfig, ModelConfig, MoEFFN
 from piperjax.planner import workspace
+from piperjax.planner.backends import BACKENDS
 from piperjax.planner.kept import Share, kept_bytes, tap_bytes
 from piperjax.planner.plan import Plan
 from piperjax.planner.storage import (
@@ -26,7 +27,6 @@ from piperjax.schedules.lower import lower
 from piperjax.schedules.profile import Slots
 from piperjax.schedules.ticks import pack
 
-BACKENDS = ("gpu", "cpu")
 BATCH_FIELDS = 5  # Tokens, targets, weights, positions, segments; 4 bytes each.
 
 
@@ -148,7 +148,8 @@ def estimate_memory(
       dtype: of the computation.
       master_dtype: of parameters at rest.
       backend: "gpu", or "cpu" as XLA compiles for simulated devices: there, products in bfloat16 are computed in
-        float32, and what a loop reads in every turn is converted once, before it.
+        float32, and what a loop reads in every turn is converted once, before it; "native_cpu" where only their
+        results are float32, as with jax 0.12 (`installed_cpu` says which of the two).
       reserve_bytes: added as it is.
 
     Raises:
@@ -209,7 +210,7 @@ def rank_memory(
     )
     most = most_layers_of_kind(model, layout.layers_per_stage)
     kept = {kind: slots.stash * most[kind] for kind in most}
-    compiler = Backend(widens=backend == "cpu", share=share)
+    compiler = Backend.named(backend, share)
     x = share.tokens * model.d_model * share.itemsize
     copy = stored.compute_copy
     if compiler.is_widened and layout.is_straight:

@@ -15,6 +15,7 @@ import numpy as np
 from meshes.platform import Platform
 from models import cost
 from models.config import ModelConfig, MoEFFN
+from piperjax.planner.backends import installed_cpu
 from piperjax.planner.layer_exchanges import saved_seconds
 from piperjax.planner.layer_time import LayerSeconds, layer_seconds
 from piperjax.planner.memory import estimate_memory
@@ -245,7 +246,7 @@ def estimate_time(
         )
         parts = on_shared_cores(parts, plan, platform, costs, head_exchange=exchange)
         optimizer = at_once(platform, plan.num_devices * optimizer)
-        taken = max(rank.taken for rank in estimate_memory(model, plan, dtype=dtype, backend="cpu"))
+        taken = max(rank.taken for rank in estimate_memory(model, plan, dtype=dtype, backend=installed_cpu()))
         parts["fresh_memory"] = float(fresh_seconds(platform, plan.num_devices, taken))
     parts |= {"gradient_reduction": reduction, "optimizer": optimizer}
     step = sum(parts.values())

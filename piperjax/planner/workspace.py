@@ -56,21 +56,30 @@ class Backend:
     """How a compiler treats what is narrower than float32.
 
     Attributes:
-      widens: it converts to float32 what products read.
+      widens: it is one for CPUs, which converts to float32 what products read, unless they are
+      natively: computed from what they are given in, and only their results are wide.
       share: what a device works on.
     """
 
     widens: bool
+    natively: bool = False
     share: Share
+
+    @classmethod
+    def named(cls, backend: str, share: Share) -> "Backend":
+        """One of `BACKENDS`."""
+        return cls(widens=backend != "gpu", natively=backend == "native_cpu", share=share)
 
     @property
     def is_widened(self) -> bool:
-        """Whether anything is converted."""
-        return self.widens and self.share.itemsize < self.share.wide
+        """Whether anything is converted before products."""
+        return self.widens and not self.natively and self.share.itemsize < self.share.wide
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element inside of a phase."""
+        """Bytes of an element inside of a phase, on average: where only results are wide, these are about half."""
+        if self.natively:
+            return (self.share.wide + self.share.itemsize) // 2
         return self.share.wide if self.widens else self.share.itemsize
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from piperjax.planner.backends import installed_cpu
 from piperjax.planner.executed import executed_flop
 from piperjax.planner.memory import RankMemory, estimate_memory
 from piperjax.runtime import absent_gpus
@@ -179,7 +180,7 @@ def compare(
         plan,
         dtype=executor.dtype,
         master_dtype=executor.master_dtype,
-        backend=backend,
+        backend=installed_cpu() if backend == "cpu" else backend,
         reserve_bytes=reserve_bytes,
     )
     state = abstract_state(executor)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from meshes.platform import Platform
+from piperjax.planner.backends import installed_cpu
 from piperjax.planner.explain import PART_WORDS
 from piperjax.planner.memory import estimate_memory
 from piperjax.planner.remedies import WORDS
@@ -85,7 +86,7 @@ def predict(config: TrainConfig, platform: Platform, *, backend: str) -> Predict
         model,
         plan,
         dtype=config.dtype,
-        backend="cpu" if backend == "cpu" else "gpu",
+        backend=installed_cpu() if backend == "cpu" else "gpu",
         reserve_bytes=device.reserve_bytes,
     )
     fullest = max(ranks, key=lambda rank: rank.total)
