@@ -5,6 +5,7 @@ import pytest
 
 from meshes.platform import load_platform
 from models.presets import preset
+from piperjax.planner.backends import installed_cpu
 from piperjax.planner.candidates import MEMORY_MODES, Mesh, Question, Rejections
 from piperjax.planner.cells import groups, memory_backend, ways_on
 from piperjax.planner.kept import kept_bytes
@@ -75,6 +76,6 @@ def bytes_with(question, dispatch, chunks):
     return score(given, [Mesh(2, 1, 32)], Rejections()).all_bytes([0]).item()
 
 
-@pytest.mark.parametrize(("name", "backend"), [("frontier", "gpu"), ("cpu8", "cpu")])
+@pytest.mark.parametrize(("name", "backend"), [("frontier", "gpu"), ("cpu8", installed_cpu())])
 def test_simulated_devices_are_cpus(name, backend):
     assert memory_backend(asked(load_platform(name), num_devices=8, batch_size=8)) == backend
