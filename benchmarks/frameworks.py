@@ -56,7 +56,8 @@ class Software(NamedTuple):
       dispatcher: how rows reach their experts, of `network.DISPATCHERS`.
       host_seconds: what the host needs to launch the kernels of one layer, forward and backward; a layer of few tokens
         takes as long.
-      reduction: part of the reduction of gradients, and of the gathering of parameters, that nothing hides.
+      reduction: part of the reduction of gradients, and of the gathering of parameters, that nothing hides; 0 where
+        both overlap with the last and the first microbatch, which hide what they have time for.
       products: rate of its matrix products over that of the platform, if its libraries are known to reach another.
       counts: whether the numbers of rows travel in an all-to-all of their own, before rows do, forward.
       attention: rate of its attention over that of the platform, if it is known to be another.
@@ -128,8 +129,7 @@ class Run:
         experts = self.model.num_experts or 1
         if experts % self.expert or self.expert > experts:
             raise ValueError(f"{experts} experts do not divide by expert {self.expert}")
-        layers, stages = self.model.num_layers + self.model.prediction_layers, self.pipe * self.virtual
-        if stages > layers and (layers + 2) % stages:
+        if self.pipe * self.virtual > self.num_layers + 2 * self.outer_layers:
             raise ValueError(
                 f"{self.model.num_layers} layers are fewer than pipe {self.pipe} x virtual {self.virtual}"
             )
@@ -143,6 +143,18 @@ class Run:
                 f"a batch of {self.global_batch} does not divide into microbatches of {self.microbatch} on "
                 f"{self.groups} data-parallel groups"
             )
+
+    @property
+    def num_layers(self) -> int:
+        """Layers, those that predict further tokens included."""
+        return self.model.num_layers + self.model.prediction_layers
+
+    @property
+    def outer_layers(self) -> bool:
+        """Whether embedding and head count as layers of stages: where only so all have as many."""
+        stages = self.pipe * self.virtual
+        divides = self.num_layers % stages != 0 and (self.num_layers + 2) % stages == 0
+        return divides and not self.model.prediction_layers
 
     @property
     def groups(self) -> int:
@@ -201,9 +213,8 @@ def _pipelined(run: Run, layers: list[LayerSeconds]) -> tuple[float, float]:
         configs = run.model.layers + run.model.layers[-1:] * run.model.prediction_layers
         gathered = [_gather_seconds(run, config) for config in configs]
         seconds = [a + b for a, b in zip(seconds, gathered, strict=True)]
-    stages = run.pipe * run.virtual
-    if len(seconds) % stages and (len(seconds) + 2) % stages == 0 and not run.model.prediction_layers:
-        seconds = [0.0, *seconds, _head_seconds(run)]  # Embedding and head count as layers.
+    if run.outer_layers:
+        seconds = [0.0, *seconds, _head_seconds(run)]
     else:
         seconds[-1] += _head_seconds(run)
     by_rank, first = [0.0] * run.pipe, 0

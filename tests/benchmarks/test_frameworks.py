@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.frameworks import BUBBLES, Run, Software, predict
+from benchmarks.validate import GOLDEN, load
 from meshes.platform import load_platform
 from models import cost
 from models.presets import preset
@@ -71,3 +72,23 @@ def test_gradients_show_where_few_microbatches_hide_them():
     update = platform.device.stream_seconds(28 * counted.total / 64)
     assert once > microbatch
     assert one == pytest.approx(microbatch + update + 3 * once - microbatch, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pipe", "virtual", "outer"), [(8, 1, False), (29, 1, True), (29, 2, True), (5, 1, False)]
+)
+def test_embedding_and_head_are_layers_where_only_so_stages_are_even(pipe, virtual, outer):
+    """56 layers are 8 x 7, and with two more 29 x 2 and 58 x 1; 5 ranks have them by their seconds."""
+    assert run(devices=8 * pipe, pipe=pipe, virtual=virtual).outer_layers == outer
+    if outer and virtual == 2:
+        with pytest.raises(ValueError, match="56 layers are fewer than pipe 57"):
+            run(devices=8 * 57, pipe=57)
+
+
+def test_no_measurement_is_there_twice():
+    found = [
+        (row["source"], row["platform"], row["model"], row["tokens_per_second_per_device"])
+        for row in (line.row for line in load(GOLDEN))
+        if "tokens_per_second_per_device" in row
+    ]
+    assert len(found) == len(set(found))
